@@ -1,0 +1,1 @@
+//! Shared parts of the tests that need a database, a kernel or a hypervisor.

@@ -1,0 +1,43 @@
+//! `cargo xtask`: builds, tries and tests Poolskip.
+
+mod build;
+mod cache;
+mod demo;
+mod lab;
+mod setup;
+mod step;
+mod test;
+
+use clap::{Parser, Subcommand};
+
+/// Builds, tries and tests Poolskip. Two commands do everything: `demo` and `test`.
+#[derive(Parser)]
+#[command(name = "cargo xtask", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install the packages that the other commands need (they call it themselves)
+    Setup(setup::Args),
+    /// Build one part or all of Poolskip
+    Build(build::Args),
+    /// Raise, use and end the lab: two Xen hosts under QEMU and a guest with MySQL
+    Lab(lab::Args),
+    /// Migrate a database guest between two Xen hosts, with the stock helper and with Poolskip, and compare
+    Demo(demo::Args),
+    /// Run all tests
+    Test(test::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    match Cli::parse().command {
+        Command::Setup(args) => setup::run(&args),
+        Command::Build(args) => build::run(&args),
+        Command::Lab(args) => lab::run(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::Test(args) => test::run(&args),
+    }
+}
