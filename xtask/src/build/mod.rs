@@ -2,6 +2,7 @@
 
 mod ebpf;
 mod module;
+mod rust_src;
 
 use anyhow::Result;
 
