@@ -1,9 +1,11 @@
 //! `cargo xtask`: builds, tries and tests Poolskip.
 
+mod apt;
 mod build;
 mod cache;
 mod demo;
 mod lab;
+mod mysql;
 mod setup;
 mod step;
 mod test;
