@@ -1,8 +1,13 @@
-//! In the making.
+//! The lab: two real Xen hosts under QEMU, a link between them, a disk that both see, and a PV guest with a warmed MySQL.
+
+mod dom0;
+mod kernel;
+
+pub use kernel::{guest_kernel_release, kernel_headers};
 
 use anyhow::Result;
 
-/// In the making.
+/// Raise, use and end the lab.
 #[derive(clap::Args)]
 pub struct Args {}
 
@@ -11,5 +16,6 @@ pub struct Args {}
 /// # Errors
 /// Always, for now.
 pub fn run(_args: &Args) -> Result<()> {
-    anyhow::bail!("in the making")
+    println!("{} {}", guest_kernel_release()?, kernel_headers()?.display());
+    Ok(())
 }
