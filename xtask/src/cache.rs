@@ -52,6 +52,11 @@ impl Key {
         Ok(self.with(&bytes))
     }
 
+    /// All 64 hexadecimal digits.
+    pub fn digest(self) -> String {
+        self.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
     /// The first 16 hexadecimal digits.
     pub fn hex(self) -> String {
         self.0.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
