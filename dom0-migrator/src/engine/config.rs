@@ -1,0 +1,62 @@
+//! How the two filters are set up.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use enlightenment::Vdev;
+
+/// A disk of the domain: the name that both hosts know it by, and where this host (or, in the hello, the target) finds it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskName {
+    /// The virtual device, the same on both hosts.
+    pub vdev: Vdev,
+    /// Path of the block device or image file.
+    pub path: PathBuf,
+}
+
+/// Settings of either filter; each takes what concerns it.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Source: bytes of referenced pages kept until their references are settled. When it is full, pages go raw.
+    pub window_bytes: u64,
+    /// Source: whether pages may go by reference at all; zero markers and run markers are used either way.
+    pub references: bool,
+    /// Source: passes over memory, counted from the first, in which pages may go by reference. A page that is sent again
+    /// was written to after the lists were taken, so its hint is most likely stale: 1 by default.
+    pub reference_passes: u32,
+    /// Source: how long [`SourceFilter::drain`](super::SourceFilter::drain) waits before it sends retained pages raw.
+    pub drain_timeout: Duration,
+    /// Both: how long the first exchange on the side channel may take.
+    pub hello_timeout: Duration,
+    /// Target: threads that read disks.
+    pub readers: usize,
+    /// Target: most bytes of one read.
+    pub read_bytes: usize,
+    /// Target: bytes of disk reads in flight, from the request to the page's way into the stream.
+    pub in_flight_bytes: usize,
+    /// Target: unread bytes that a read may span to take in the next reference too.
+    pub gap_bytes: u64,
+    /// Target: references outstanding at most, whatever the source asks for; a page of table each 64 of them.
+    pub max_outstanding: u32,
+    /// Target: the domain's own disks as this host knows them. When present, only these are opened, by these paths, and the
+    /// paths in the source's hello are ignored.
+    pub own_disks: Option<Vec<DiskName>>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            window_bytes: 256 << 20,
+            references: true,
+            reference_passes: 1,
+            drain_timeout: Duration::from_secs(30),
+            hello_timeout: Duration::from_secs(10),
+            readers: 4,
+            read_bytes: 1 << 20,
+            in_flight_bytes: 64 << 20,
+            gap_bytes: 16 << 10,
+            max_outstanding: 4 << 20,
+            own_disks: None,
+        }
+    }
+}

@@ -1,0 +1,180 @@
+//! The two ends of a stream, read and written exactly, and the bell that wakes a filter from its wait.
+
+use std::fs::File;
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::error::EngineError;
+
+/// Slices that one `writev(2)` takes at most (`IOV_MAX` of Linux).
+const MAX_SLICES: usize = 1024;
+
+/// Rings a [`Bell`]; cheap, from any thread, never blocks.
+#[derive(Clone, Debug)]
+pub struct Ringer(Arc<UnixStream>);
+
+/// What a filter's thread polls beside its input.
+#[derive(Debug)]
+pub struct Bell(UnixStream);
+
+/// A bell and its ringer.
+pub fn bell() -> io::Result<(Ringer, Bell)> {
+    let (ringer, bell) = UnixStream::pair()?;
+    ringer.set_nonblocking(true)?;
+    bell.set_nonblocking(true)?;
+    Ok((Ringer(Arc::new(ringer)), Bell(bell)))
+}
+
+impl Ringer {
+    /// Rings. A full socket means that it rings already; a closed one, that nobody listens any more.
+    pub fn ring(&self) {
+        let _ = (&*self.0).write(&[1]);
+    }
+}
+
+impl Bell {
+    fn silence(&self) {
+        let mut bytes = [0; 64];
+        while matches!((&self.0).read(&mut bytes), Ok(n) if n == bytes.len()) {}
+    }
+}
+
+/// The end that a filter reads: never a byte more than it is asked for.
+#[derive(Debug)]
+pub struct Input {
+    file: File,
+    offset: u64,
+}
+
+impl Input {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { file: File::from(fd), offset: 0 }
+    }
+
+    /// Bytes read so far.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Fills the buffer.
+    pub fn read_exact(&mut self, buffer: &mut [u8], what: &'static str) -> Result<(), EngineError> {
+        let mut filled = 0;
+        while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            match self.file.read(rest) {
+                Ok(0) => return Err(EngineError::Truncated { what, offset: self.offset }),
+                Ok(n) => {
+                    filled += n;
+                    self.offset += n as u64;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    wait_for(self.file.as_fd(), PollFlags::POLLIN).map_err(|e| self.error(e))?;
+                }
+                Err(error) => return Err(self.error(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn error(&self, source: io::Error) -> EngineError {
+        EngineError::Io { what: "reading the stream", offset: self.offset, source }
+    }
+
+    /// Waits until there is something to read (its end included), the bell rings, or time is over. True: there is
+    /// something to read.
+    pub fn wait(&self, bell: &Bell, timeout: Option<Duration>) -> Result<bool, EngineError> {
+        let deadline = timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            let left = match deadline {
+                None => PollTimeout::NONE,
+                Some(deadline) => {
+                    // Rounded up, so that the last millisecond is not spent spinning.
+                    let left =
+                        deadline.saturating_duration_since(Instant::now()) + Duration::from_micros(999);
+                    PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX)
+                }
+            };
+            let mut fds = [
+                PollFd::new(self.file.as_fd(), PollFlags::POLLIN),
+                PollFd::new(bell.0.as_fd(), PollFlags::POLLIN),
+            ];
+            match poll(&mut fds, left) {
+                Ok(_) => {
+                    let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(true);
+                    if ready(&fds[1]) {
+                        bell.silence();
+                    }
+                    return Ok(ready(&fds[0]));
+                }
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(self.error(errno.into())),
+            }
+        }
+    }
+}
+
+/// The end that a filter writes: nothing is kept back.
+#[derive(Debug)]
+pub struct Output {
+    file: File,
+    bytes: u64,
+}
+
+impl Output {
+    pub fn new(fd: OwnedFd) -> Self {
+        Self { file: File::from(fd), bytes: 0 }
+    }
+
+    /// Bytes written so far.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Writes all of it.
+    pub fn write_all(&mut self, bytes: &[u8]) -> Result<(), EngineError> {
+        self.write_slices(&mut [IoSlice::new(bytes)])
+    }
+
+    /// Writes all slices, in order.
+    pub fn write_slices(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), EngineError> {
+        // Empty slices in front would let writev return 0.
+        IoSlice::advance_slices(&mut slices, 0);
+        while !slices.is_empty() {
+            let batch = slices.len().min(MAX_SLICES);
+            let result = match slices.get(..batch) {
+                Some(batch) => self.file.write_vectored(batch),
+                None => break,
+            };
+            match result {
+                Ok(0) => return Err(self.error(io::ErrorKind::WriteZero.into())),
+                Ok(n) => {
+                    self.bytes += n as u64;
+                    IoSlice::advance_slices(&mut slices, n);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    wait_for(self.file.as_fd(), PollFlags::POLLOUT).map_err(|e| self.error(e))?;
+                }
+                Err(error) => return Err(self.error(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn error(&self, source: io::Error) -> EngineError {
+        EngineError::Io { what: "writing the stream", offset: self.bytes, source }
+    }
+}
+
+/// For a descriptor that somebody has made non-blocking.
+fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
+    match poll(&mut [PollFd::new(fd, flags)], PollTimeout::NONE) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}

@@ -1,0 +1,60 @@
+//! What stands in the migration stream between libxenguest and the network, on both sides.
+//!
+//! ```text
+//!          source host                                            target host
+//!  libxenguest ──► SourceFilter ════════ the stream ════════► TargetFilter ──► libxenguest
+//!   (saves)        │   ▲    │                                  ▲  │   ▲          (restores)
+//!                  ▼   │    │ hello: key, disks                │  ▼   │
+//!               Window │    └──────── side channel ────────────┘ Restorer ◄── the domain's disks
+//!              (copies)└─────────────── verdicts ────────────────────┘
+//! ```
+//!
+//! The source's filter replaces PAGE_DATA records by [memory records](memory_record), in which a page may be a reference (place
+//! on a disk, keyed hash) or a marker (zero page, run without data). The target's filter reads references from the disks,
+//! checks the hashes, and rebuilds PAGE_DATA records for libxenguest, which never sees a private record.
+//!
+//! # What holds, whatever the hints say
+//! * For every PFN, libxenguest at the target is handed what libxenguest at the source wrote last, before the next record that
+//!   is not memory. Entries for one PFN arrive in the order in which they were written; those overtaken by a newer one may
+//!   be missing.
+//! * A page from a disk is handed on only if its keyed hash is that of the bytes which the source would have sent.
+//! * When the first record after the memory, or VERIFY, passes, nothing is outstanding: the source sees to it, the target checks it.
+//! * After VERIFY every byte travels as it is.
+//! * The target reads from the network exactly up to the END record; libxl reads on from there.
+//!
+//! # When something fails
+//! | what | then |
+//! |---|---|
+//! | side channel lost | the source sends every page that is not settled, and goes on without references |
+//! | a disk cannot be read, or is not there | refusals; the pages themselves are sent |
+//! | the target's filter or libxenguest fails | it closes its ends; the source's next write fails, and so does the save |
+//! | the save side stops early | both filters report a stream that ends before END |
+//!
+//! Threads: one per filter that owns all of its state, one or two that wait on the side channel, and the restorer's readers.
+//! They meet in bounded channels; there is no lock around anything that waits.
+
+mod config;
+mod descriptor;
+mod disk;
+mod error;
+pub mod memory_record;
+mod reference_map;
+mod restorer;
+pub mod side_message;
+mod source;
+mod summary;
+mod target;
+mod window;
+pub mod xen_stream;
+
+#[cfg(test)]
+mod tests;
+
+pub use config::{Config, DiskName};
+pub use error::{EngineError, HeaderProblem, SideError, StreamProblem};
+pub use reference_map::{MapError, Place, ReferenceMap};
+pub use source::{SourceFilter, SourceParts};
+pub use summary::{
+    DiskSummary, DrainReport, RefusalCounts, SourceStats, SourceSummary, TargetStats, TargetSummary,
+};
+pub use target::{TargetFilter, TargetParts};

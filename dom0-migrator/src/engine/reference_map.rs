@@ -1,0 +1,323 @@
+//! Which guest page lies where on which disk.
+
+use enlightenment::run::RunError;
+use enlightenment::{ListKind, Pfn, Run, Vdev};
+
+/// Why a run did not go into the map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MapError {
+    /// The run itself is wrong.
+    #[error(transparent)]
+    Run(#[from] RunError),
+    /// It reaches beyond the domain's memory.
+    #[error("run of {pages} pages from PFN {pfn:#x} exceeds the domain's last PFN {max_pfn:#x}")]
+    BeyondMemory {
+        /// First PFN.
+        pfn: u64,
+        /// Pages.
+        pages: u16,
+        /// The domain's last PFN.
+        max_pfn: u64,
+    },
+    /// More runs than the domain has pages: most must be duplicates.
+    #[error("more runs than the domain has pages ({pages})")]
+    TooMany {
+        /// The domain's pages.
+        pages: u64,
+    },
+    /// More virtual devices than a domain can sensibly have.
+    #[error("runs on more than {} disks", ReferenceMap::MAX_DISKS)]
+    TooManyDisks,
+}
+
+/// Where a page's bytes lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The disk, as its index in [`ReferenceMap::vdevs`].
+    pub disk: u8,
+    /// Byte offset on it, a multiple of 512.
+    pub offset: u64,
+}
+
+/// Sixteen bytes a run, so that the lists of a 1 TiB pool take about 1 GiB.
+///
+/// ```text
+/// place:  | pfn (40) | pages (16) | disk (8) |
+/// sector: | offset / 512 (63) | list (1)     |
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Segment {
+    place: u64,
+    sector: u64,
+}
+
+impl Segment {
+    fn new(pfn: u64, pages: u16, disk: u8, offset: u64, written: bool) -> Self {
+        Self {
+            place: pfn << 24 | u64::from(pages) << 8 | u64::from(disk),
+            sector: (offset >> 9) << 1 | u64::from(written),
+        }
+    }
+    fn pfn(self) -> u64 {
+        self.place >> 24
+    }
+    fn pages(self) -> u64 {
+        self.place >> 8 & 0xffff
+    }
+    fn end(self) -> u64 {
+        self.pfn() + self.pages()
+    }
+    fn disk(self) -> u8 {
+        (self.place & 0xff) as u8
+    }
+    fn offset(self) -> u64 {
+        (self.sector >> 1) << 9
+    }
+    fn written(self) -> bool {
+        self.sector & 1 == 1
+    }
+    /// The part of it within `from..to`, which must overlap it.
+    fn cut(self, from: u64, to: u64) -> Self {
+        let (from, to) = (from.max(self.pfn()), to.min(self.end()));
+        let offset = self.offset() + (from - self.pfn()) * 4096;
+        Self::new(from, (to - from) as u16, self.disk(), offset, self.written())
+    }
+    /// Appends `next` if it continues this one in every respect.
+    fn try_extend(&mut self, next: Self) -> bool {
+        let joins = self.disk() == next.disk()
+            && self.written() == next.written()
+            && self.end() == next.pfn()
+            && self.offset() + self.pages() * 4096 == next.offset()
+            && self.pages() + next.pages() <= u64::from(u16::MAX);
+        if joins {
+            self.place += next.pages() << 8;
+        }
+        joins
+    }
+}
+
+/// PFN -> place on disk, built from the lists that the guest published. All of it is hints.
+///
+/// Runs are inserted in any order; where two name the same page, the last one wins. [`seal`](Self::seal) sorts them, and only
+/// then can pages be looked up.
+#[derive(Debug)]
+pub struct ReferenceMap {
+    segments: Vec<Segment>,
+    vdevs: Vec<Vdev>,
+    max_pfn: u64,
+    sealed: bool,
+    pages_read: u64,
+    pages_written: u64,
+}
+
+impl ReferenceMap {
+    /// Disks that the runs of one map may name.
+    pub const MAX_DISKS: usize = 255;
+
+    /// An empty map for a domain whose last PFN is `max_pfn`.
+    pub fn new(max_pfn: Pfn) -> Self {
+        Self {
+            segments: Vec::new(),
+            vdevs: Vec::new(),
+            max_pfn: max_pfn.0.min(Run::MAX_PFN),
+            sealed: true,
+            pages_read: 0,
+            pages_written: 0,
+        }
+    }
+
+    /// Adds a run.
+    ///
+    /// # Errors
+    /// [`MapError`]; the map is as before.
+    pub fn insert_run(&mut self, run: &Run) -> Result<(), MapError> {
+        run.check()?;
+        // `check` has bounded pfn + pages by `Run::MAX_PFN`: no overflow.
+        if run.pfn + u64::from(run.pages) - 1 > self.max_pfn {
+            return Err(MapError::BeyondMemory { pfn: run.pfn, pages: run.pages, max_pfn: self.max_pfn });
+        }
+        if self.segments.len() as u64 > self.max_pfn || self.segments.len() >= u32::MAX as usize {
+            return Err(MapError::TooMany { pages: self.max_pfn + 1 });
+        }
+        let vdev = Vdev(run.vdev);
+        let disk = match self.vdevs.iter().position(|&known| known == vdev) {
+            Some(index) => index,
+            None if self.vdevs.len() >= Self::MAX_DISKS => return Err(MapError::TooManyDisks),
+            None => {
+                self.vdevs.push(vdev);
+                self.vdevs.len() - 1
+            }
+        };
+        let written = run.list == ListKind::Written as u8;
+        *(if written { &mut self.pages_written } else { &mut self.pages_read }) += u64::from(run.pages);
+        let segment = Segment::new(run.pfn, run.pages, disk as u8, run.disk_offset, written);
+        self.sealed = match self.segments.last_mut() {
+            None => true,
+            Some(last) => {
+                if last.try_extend(segment) {
+                    return Ok(());
+                }
+                self.sealed && last.end() <= segment.pfn()
+            }
+        };
+        self.segments.push(segment);
+        Ok(())
+    }
+
+    /// Sorts the runs and resolves duplicates. Inserting afterwards is allowed, and asks for another `seal`.
+    pub fn seal(&mut self) {
+        if self.sealed {
+            return;
+        }
+        let mut order: Vec<u32> = (0..self.segments.len() as u32).collect();
+        order.sort_unstable_by_key(|&index| (self.segments[index as usize].pfn(), index));
+        let mut sorted: Vec<Segment> = Vec::with_capacity(self.segments.len());
+        let mut push = |segment: Segment| {
+            if !sorted.last_mut().is_some_and(|last| last.try_extend(segment)) {
+                sorted.push(segment);
+            }
+        };
+        let mut rest = order.as_mut_slice();
+        while let Some(&first) = rest.first() {
+            let mut end = self.segments[first as usize].end();
+            let mut size = 1;
+            while let Some(&next) = rest.get(size).filter(|&&i| self.segments[i as usize].pfn() < end) {
+                end = end.max(self.segments[next as usize].end());
+                size += 1;
+            }
+            let (cluster, tail) = rest.split_at_mut(size);
+            rest = tail;
+            if let [only] = cluster {
+                push(self.segments[*only as usize]);
+            } else {
+                cluster.sort_unstable();
+                overlay(cluster.iter().map(|&i| self.segments[i as usize])).into_iter().for_each(&mut push);
+            }
+        }
+        self.segments = sorted;
+        self.sealed = true;
+        (self.pages_read, self.pages_written) = (0, 0);
+        for segment in &self.segments {
+            *(if segment.written() { &mut self.pages_written } else { &mut self.pages_read }) +=
+                segment.pages();
+        }
+    }
+
+    /// Where the page lies, if the lists say so. `None` for every page while the map is not sealed.
+    pub fn lookup(&self, pfn: Pfn) -> Option<Place> {
+        if !self.sealed {
+            return None;
+        }
+        let after = self.segments.partition_point(|segment| segment.pfn() <= pfn.0);
+        let segment = self.segments.get(after.checked_sub(1)?)?;
+        (pfn.0 < segment.end()).then(|| Place {
+            disk: segment.disk(),
+            offset: segment.offset() + (pfn.0 - segment.pfn()) * 4096,
+        })
+    }
+
+    /// Pages in a list; exact once sealed, duplicates counted before.
+    pub fn pages(&self, list: ListKind) -> u64 {
+        match list {
+            ListKind::Read => self.pages_read,
+            ListKind::Written => self.pages_written,
+        }
+    }
+
+    /// Pages in both lists.
+    pub fn len(&self) -> u64 {
+        self.pages_read + self.pages_written
+    }
+
+    /// Whether there is no page in it.
+    pub fn is_empty(&self) -> bool {
+        self.segments.is_empty()
+    }
+
+    /// The disks that the runs name, by the index that a [`Place`] gives.
+    pub fn vdevs(&self) -> &[Vdev] {
+        &self.vdevs
+    }
+}
+
+/// Lays segments over each other in the order given; the later one wins. The result is sorted and without overlap.
+fn overlay(segments: impl Iterator<Item = Segment>) -> Vec<Segment> {
+    let mut laid = std::collections::BTreeMap::<u64, Segment>::new();
+    for segment in segments {
+        let (from, to) = (segment.pfn(), segment.end());
+        while let Some((&start, &below)) =
+            laid.range(..to).next_back().filter(|(_, below)| below.end() > from)
+        {
+            laid.remove(&start);
+            if below.end() > to {
+                laid.insert(to, below.cut(to, u64::MAX));
+            }
+            if start < from {
+                laid.insert(start, below.cut(0, from));
+            }
+        }
+        laid.insert(from, segment);
+    }
+    laid.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn run(pfn: u64, pages: u16, vdev: u32, disk_offset: u64, list: ListKind) -> Run {
+        Run { pfn, disk_offset, vdev, pages, list: list as u8, reserved: 0 }
+    }
+
+    #[test]
+    fn bounds_are_kept() {
+        let mut map = ReferenceMap::new(Pfn(99));
+        assert!(matches!(
+            map.insert_run(&run(99, 2, 1, 0, ListKind::Read)),
+            Err(MapError::BeyondMemory { .. })
+        ));
+        assert!(matches!(map.insert_run(&run(0, 0, 1, 0, ListKind::Read)), Err(MapError::Run(_))));
+        map.insert_run(&run(99, 1, 1, 512, ListKind::Read)).unwrap();
+        map.seal();
+        assert_eq!(map.lookup(Pfn(99)), Some(Place { disk: 0, offset: 512 }));
+        assert_eq!(map.lookup(Pfn(98)), None);
+    }
+
+    #[test]
+    fn runs_are_bounded_by_the_pages() {
+        let mut map = ReferenceMap::new(Pfn(3));
+        let results: Vec<_> =
+            (0..10).map(|i| map.insert_run(&run(0, 1, 1, i * 8192, ListKind::Read))).collect();
+        assert!(results[..4].iter().all(Result::is_ok));
+        assert!(results[4..].iter().all(|r| matches!(r, Err(MapError::TooMany { .. }))));
+        map.seal();
+        assert_eq!(map.len(), 1);
+        assert_eq!(map.lookup(Pfn(0)), Some(Place { disk: 0, offset: 3 * 8192 }));
+    }
+
+    proptest! {
+        #[test]
+        fn last_wins_everywhere(
+            runs in proptest::collection::vec((0_u64..200, 1_u16..40, 0_u32..3, 0_u64..1000, any::<bool>()), 0..60)
+        ) {
+            let mut map = ReferenceMap::new(Pfn(299));
+            let mut model = vec![None; 300];
+            for &(pfn, pages, vdev, sector, written) in &runs {
+                let list = if written { ListKind::Written } else { ListKind::Read };
+                map.insert_run(&run(pfn, pages, vdev, sector * 512, list)).unwrap();
+                for page in 0..u64::from(pages) {
+                    model[(pfn + page) as usize] = Some((vdev, sector * 512 + page * 4096, written));
+                }
+            }
+            map.seal();
+            for (pfn, expected) in model.iter().enumerate() {
+                let found = map.lookup(Pfn(pfn as u64)).map(|p| (map.vdevs()[p.disk as usize].0, p.offset));
+                prop_assert_eq!(found, expected.map(|(vdev, offset, _)| (vdev, offset)));
+            }
+            let written = model.iter().flatten().filter(|place| place.2).count() as u64;
+            prop_assert_eq!(map.pages(ListKind::Written), written);
+            prop_assert_eq!(map.len(), model.iter().flatten().count() as u64);
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Both filters against each other.
