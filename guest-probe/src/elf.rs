@@ -1,0 +1,331 @@
+//! What is taken from mysqld's ELF file: its build id, where a symbol lies in the file and in memory, and where to put a probe.
+//!
+//! Only the parts that are needed are read: the file of a server is 80 MB, and the probe's own memory is bounded.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use goblin::container::{Container, Ctx, Endian};
+use goblin::elf::header::{ELFCLASS64, ELFDATA2LSB, EM_X86_64, Header as AnyHeader};
+use goblin::elf::program_header::{PT_LOAD, PT_NOTE, ProgramHeader};
+use goblin::elf::section_header::{SHT_DYNSYM, SectionHeader};
+use thiserror::Error;
+
+use crate::bytes::{u32_le, u64_le};
+
+/// No table in the file may be larger than this.
+const LARGEST_TABLE: u64 = 64 << 20;
+/// Bytes that are looked at to place a probe.
+const ENTRY_BYTES: usize = 6;
+const HEADER_BYTES: usize = 64;
+const PROGRAM_HEADER_BYTES: usize = 56;
+const SECTION_HEADER_BYTES: usize = 64;
+const SYMBOL_BYTES: usize = 24;
+/// Type of the note that holds the build id.
+const NT_GNU_BUILD_ID: u32 = 3;
+
+/// Bytes of a file by offset.
+pub trait ReadAt {
+    /// Reads as many bytes as there is room for.
+    ///
+    /// # Errors
+    /// When they cannot be read, or the file ends before.
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+}
+
+impl ReadAt for File {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        FileExt::read_exact_at(self, buffer, offset)
+    }
+}
+
+impl ReadAt for [u8] {
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        let end = offset.checked_add(buffer.len() as u64);
+        let range = end.and_then(|end| self.get(usize::try_from(offset).ok()?..usize::try_from(end).ok()?));
+        buffer.copy_from_slice(range.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+}
+
+/// Why a file does not tell what is wanted.
+#[derive(Debug, Error)]
+pub enum ElfError {
+    /// It cannot be read.
+    #[error("cannot read {bytes} bytes at {offset:#x} of the ELF file: {source}")]
+    Read {
+        /// Where.
+        offset: u64,
+        /// How many bytes.
+        bytes: u64,
+        /// Why.
+        source: io::Error,
+    },
+    /// goblin refuses it.
+    #[error("not a sound ELF file: {0}")]
+    Parse(#[from] goblin::error::Error),
+    /// It is for another machine.
+    #[error("an ELF file of class {class}, byte order {order}, machine {machine}: guest-probe is for x86-64")]
+    Foreign {
+        /// ELF class.
+        class: u8,
+        /// Byte order.
+        order: u8,
+        /// Machine.
+        machine: u16,
+    },
+    /// A table is larger than [`LARGEST_TABLE`].
+    #[error("the ELF file has a table of {bytes} bytes: that is no mysqld")]
+    TooLarge {
+        /// Its size.
+        bytes: u64,
+    },
+    /// It has none.
+    #[error("the ELF file has no build id: it cannot be told which mysqld it is")]
+    NoBuildId,
+    /// It has no such symbol.
+    #[error("the ELF file has no symbol {symbol}")]
+    NoSymbol {
+        /// The symbol.
+        symbol: String,
+    },
+    /// A symbol points outside the file.
+    #[error("symbol {symbol} at {address:#x} lies in no loaded part of the file")]
+    NotInFile {
+        /// The symbol.
+        symbol: String,
+        /// Its address.
+        address: u64,
+    },
+}
+
+/// A symbol's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Its address, relative to the load address.
+    pub address: u64,
+}
+
+/// Where a probe goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProbePlace {
+    /// Offset in the file.
+    pub file_offset: u64,
+    /// Its address, relative to the load address.
+    pub address: u64,
+    /// Whether the instruction there is one that the kernel emulates: about 0.8 us a call, where any other costs 10 us.
+    pub emulated: bool,
+}
+
+/// An ELF file's headers, with the tables read on demand.
+pub struct Elf<'f, F: ReadAt + ?Sized> {
+    file: &'f F,
+    segments: Vec<ProgramHeader>,
+    sections: Vec<SectionHeader>,
+}
+
+impl<'f, F: ReadAt + ?Sized> Elf<'f, F> {
+    /// Reads the headers.
+    ///
+    /// # Errors
+    /// When it is not a sound ELF file for this machine.
+    pub fn parse(file: &'f F) -> Result<Self, ElfError> {
+        let header_bytes = read(file, 0, HEADER_BYTES as u64)?;
+        let header = header_bytes
+            .first_chunk::<HEADER_BYTES>()
+            .map(|bytes| goblin::elf64::header::Header::parse(bytes).map(AnyHeader::from))
+            .ok_or(ElfError::NoBuildId)??;
+        let (class, order) = (header.e_ident[4], header.e_ident[5]);
+        if class != ELFCLASS64 || order != ELFDATA2LSB || header.e_machine != EM_X86_64 {
+            return Err(ElfError::Foreign { class, order, machine: header.e_machine });
+        }
+        let context = Ctx::new(Container::Big, Endian::Little);
+        let count = usize::from(header.e_phnum);
+        let bytes = read(file, header.e_phoff, (count * PROGRAM_HEADER_BYTES) as u64)?;
+        let segments = ProgramHeader::parse(&bytes, 0, count, context)?;
+        let count = usize::from(header.e_shnum);
+        // goblin takes offset 0 for "no table", so one header's room stands before it.
+        let mut bytes = vec![0; SECTION_HEADER_BYTES];
+        bytes.extend(read(file, header.e_shoff, (count * SECTION_HEADER_BYTES) as u64)?);
+        let sections = SectionHeader::parse(&bytes, SECTION_HEADER_BYTES, count, context)?;
+        Ok(Self { file, segments, sections })
+    }
+
+    /// The build id, in hexadecimal.
+    ///
+    /// # Errors
+    /// [`ElfError::NoBuildId`] or a failed read.
+    pub fn build_id(&self) -> Result<String, ElfError> {
+        for segment in self.segments.iter().filter(|segment| segment.p_type == PT_NOTE) {
+            let notes = read(self.file, segment.p_offset, segment.p_filesz)?;
+            if let Some(id) = find_build_id(&notes, segment.p_align) {
+                return Ok(id.iter().map(|byte| format!("{byte:02x}")).collect());
+            }
+        }
+        Err(ElfError::NoBuildId)
+    }
+
+    /// Address of the first byte of the file, relative to the load address: 0 for anything built to be loaded anywhere.
+    pub fn first_address(&self) -> u64 {
+        let loaded = self.segments.iter().filter(|segment| segment.p_type == PT_LOAD);
+        loaded.map(|segment| segment.p_vaddr.wrapping_sub(segment.p_offset)).min().unwrap_or(0)
+    }
+
+    /// Finds dynamic symbols by name, all in one pass.
+    ///
+    /// # Errors
+    /// [`ElfError::NoSymbol`] for the first that is missing, or a failed read.
+    pub fn symbols(&self, names: &[&str]) -> Result<Vec<Place>, ElfError> {
+        let mut found: HashMap<&str, u64> = HashMap::new();
+        for section in self.sections.iter().filter(|section| section.sh_type == SHT_DYNSYM) {
+            let Some(strings) = self.sections.get(section.sh_link as usize) else { continue };
+            let strings = read(self.file, strings.sh_offset, strings.sh_size)?;
+            let symbols = read(self.file, section.sh_offset, section.sh_size)?;
+            for symbol in symbols.chunks_exact(SYMBOL_BYTES) {
+                let (Some(name), Some(address)) = (u32_le(symbol, 0), u64_le(symbol, 8)) else { continue };
+                let rest = strings.get(name as usize..).unwrap_or_default();
+                let wanted = names
+                    .iter()
+                    .find(|name| rest.get(name.len()) == Some(&0) && rest.starts_with(name.as_bytes()));
+                if let (Some(name), true) = (wanted, address != 0) {
+                    found.insert(name, address);
+                }
+            }
+        }
+        names
+            .iter()
+            .map(|name| {
+                let address = found.get(name).copied();
+                Ok(Place { address: address.ok_or_else(|| ElfError::NoSymbol { symbol: (*name).to_owned() })? })
+            })
+            .collect()
+    }
+
+    /// Where to probe a function: at the `push` that begins it, behind the `endbr64` where there is one, for the kernel emulates a
+    /// `push` and single-steps nearly everything else. All arguments and the return address are still in place there. At
+    /// the function's first byte when it does not begin so.
+    ///
+    /// # Errors
+    /// [`ElfError::NotInFile`] or a failed read.
+    pub fn probe_place(&self, symbol: &str, place: Place) -> Result<ProbePlace, ElfError> {
+        let segment = self
+            .segments
+            .iter()
+            .filter(|segment| segment.p_type == PT_LOAD)
+            .find(|segment| {
+                let into = place.address.checked_sub(segment.p_vaddr);
+                into.is_some_and(|into| into < segment.p_filesz)
+            })
+            .ok_or_else(|| ElfError::NotInFile { symbol: symbol.to_owned(), address: place.address })?;
+        let into = place.address - segment.p_vaddr;
+        let file_offset = segment.p_offset.checked_add(into).ok_or_else(|| ElfError::NotInFile {
+            symbol: symbol.to_owned(),
+            address: place.address,
+        })?;
+        let bytes = read(self.file, file_offset, (segment.p_filesz - into).min(ENTRY_BYTES as u64))?;
+        let (skip, emulated) = push_at(&bytes).map_or((0, false), |skip| (skip, true));
+        Ok(ProbePlace { file_offset: file_offset + skip, address: place.address.wrapping_add(skip), emulated })
+    }
+}
+
+/// Offset of the `push` of a register that these bytes begin with, behind `endbr64` or at once.
+fn push_at(bytes: &[u8]) -> Option<u64> {
+    const ENDBR64: [u8; 4] = [0xf3, 0x0f, 0x1e, 0xfa];
+    let (skip, rest) = match bytes.strip_prefix(&ENDBR64) {
+        Some(rest) => (ENDBR64.len() as u64, rest),
+        None => (0, bytes),
+    };
+    matches!(rest, [0x50..=0x57, ..] | [0x41, 0x50..=0x57, ..]).then_some(skip)
+}
+
+/// The GNU build id among ELF notes.
+fn find_build_id(mut notes: &[u8], alignment: u64) -> Option<&[u8]> {
+    let alignment = if alignment == 8 { 8 } else { 4 };
+    loop {
+        let name_size = u32_le(notes, 0)? as usize;
+        let id_size = u32_le(notes, 4)? as usize;
+        let kind = u32_le(notes, 8)?;
+        let rest = notes.get(12..)?;
+        let name = rest.get(..name_size)?;
+        let id_at = 12_usize.checked_add(name_size)?.checked_next_multiple_of(alignment)?;
+        let id = notes.get(id_at..id_at.checked_add(id_size)?)?;
+        if kind == NT_GNU_BUILD_ID && name == b"GNU\0" && !id.is_empty() {
+            return Some(id);
+        }
+        notes = notes.get(id_at.checked_add(id_size)?.checked_next_multiple_of(alignment)?..)?;
+    }
+}
+
+fn read<F: ReadAt + ?Sized>(file: &F, offset: u64, bytes: u64) -> Result<Vec<u8>, ElfError> {
+    if bytes > LARGEST_TABLE {
+        return Err(ElfError::TooLarge { bytes });
+    }
+    let mut buffer = vec![0; bytes as usize];
+    file.read_exact_at(&mut buffer, offset).map_err(|source| ElfError::Read { offset, bytes, source })?;
+    Ok(buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn this_test() -> Vec<u8> {
+        std::fs::read("/proc/self/exe").unwrap()
+    }
+
+    #[test]
+    fn this_very_program_is_read() {
+        let bytes = this_test();
+        let elf = Elf::parse(bytes.as_slice()).unwrap();
+        assert!(elf.build_id().is_ok_and(|id| id.len() >= 16), "Rust's linker gives a build id");
+        assert!(matches!(elf.symbols(&["no such symbol"]), Err(ElfError::NoSymbol { .. })));
+    }
+
+    #[test]
+    fn a_probe_goes_to_a_push() {
+        assert_eq!(push_at(&[0xf3, 0x0f, 0x1e, 0xfa, 0x55, 0x48]), Some(4));
+        assert_eq!(push_at(&[0x55]), Some(0));
+        assert_eq!(push_at(&[0xf3, 0x0f, 0x1e, 0xfa, 0x41, 0x57]), Some(4));
+        assert_eq!(push_at(&[0xf3, 0x0f, 0x1e, 0xfa, 0x48, 0x83]), None);
+        assert_eq!(push_at(&[]), None);
+    }
+
+    #[test]
+    fn a_note_without_end_is_no_build_id() {
+        assert_eq!(find_build_id(&[4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 3, 0, 0, 0, b'G', b'N', b'U', 0], 4), None);
+        let id = [4, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, b'G', b'N', b'U', 0, 0xab, 0xcd];
+        assert_eq!(find_build_id(&id, 4), Some(&[0xab, 0xcd][..]));
+    }
+
+    proptest! {
+        #[test]
+        fn garbage_is_refused(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+            prop_assert!(Elf::parse(bytes.as_slice()).is_err());
+        }
+
+        #[test]
+        fn damaged_headers_do_no_harm(damage in prop::collection::vec((0_usize..4096, any::<u8>()), 1..20)) {
+            let mut bytes = this_test();
+            bytes.truncate(1 << 16);
+            for (at, value) in damage {
+                bytes[at] = value;
+            }
+            if let Ok(elf) = Elf::parse(bytes.as_slice()) {
+                let _ = elf.build_id();
+                let _ = elf.first_address();
+                if let Ok(places) = elf.symbols(&["main"]) {
+                    let _ = elf.probe_place("main", places[0]);
+                }
+            }
+        }
+
+        #[test]
+        fn any_note_is_searched(bytes in prop::collection::vec(any::<u8>(), 0..100), alignment in any::<u64>()) {
+            let _ = find_build_id(&bytes, alignment);
+        }
+    }
+}
