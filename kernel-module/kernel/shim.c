@@ -32,7 +32,6 @@ static atomic_t openers = ATOMIC_INIT(0);
 u64 shim_page_allocate(void)
 {
 	struct page *page = alloc_page(GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN | __GFP_RETRY_MAYFAIL);
-
 	return page ? page_to_pfn(page) : 0;
 }
 
@@ -72,7 +71,6 @@ struct mm_struct *shim_mm_get(int number)
 	struct pid *pid = find_get_pid(number);
 	struct task_struct *task = get_pid_task(pid, PIDTYPE_PID);
 	struct mm_struct *mm = NULL;
-
 	put_pid(pid);
 	if (task) {
 		mm = get_task_mm(task);
@@ -103,7 +101,6 @@ long shim_translate(struct mm_struct *mm, u64 address, u64 *pfns, size_t count)
 	mmap_read_unlock(mm);
 	for (i = 0; i < got; i++) {
 		struct page *page = pages[i];
-
 		pfns[i] = PageReserved(page) || is_zone_device_page(page) ? NOT_RAM : page_to_pfn(page);
 		put_page(page);
 	}
@@ -121,7 +118,6 @@ long shim_xenstore_read(const char *node, char *to, size_t room)
 {
 	unsigned int length;
 	char *value = xenbus_read(XBT_NIL, DIRECTORY, node, &length);
-
 	if (IS_ERR(value))
 		return PTR_ERR(value);
 	memcpy(to, value, min_t(size_t, length, room));
@@ -162,7 +158,6 @@ static int device_release(struct inode *inode, struct file *file)
 static long device_ioctl(struct file *file, unsigned int command, unsigned long argument)
 {
 	long result;
-
 	if (mutex_lock_interruptible(&lock))
 		return -ERESTARTSYS;
 	result = poolskip_ioctl(command, argument);
@@ -221,7 +216,6 @@ static struct xenbus_watch watch = { .node = DIRECTORY "/request", .callback = f
 static int __init poolskip_init(void)
 {
 	long error = poolskip_start(xen_domain());
-
 	if (error)
 		return error;
 	if (xen_domain()) {

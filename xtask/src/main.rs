@@ -5,6 +5,7 @@ mod build;
 mod cache;
 mod demo;
 mod lab;
+mod module_test;
 mod mysql;
 mod setup;
 mod step;

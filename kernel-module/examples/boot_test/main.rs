@@ -1,0 +1,106 @@
+//! Tries `poolskip.ko` in a real kernel: the first process of a machine without anything else.
+//!
+//! `cargo xtask test` puts this program as `/init`, and the module as `/poolskip.ko`, into an initramfs and boots it under plain QEMU.
+//! One line a case goes to the console; the last says how many passed, and without it the test has failed. What the module lists is
+//! read from physical memory through `/proc/kcore`, as dom0 would, and compared with `/proc/PID/pagemap`.
+
+mod cases;
+mod device;
+mod memory;
+mod physical;
+
+use std::fs::File;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use nix::kmod::{DeleteModuleFlags, ModuleInitFlags};
+use nix::mount::{MsFlags, mount};
+
+/// Stands in the kernel's log where the test begins.
+const LOG_MARK: &str = "boot test begins";
+
+/// Where the initramfs has the module.
+const MODULE: &str = "/poolskip.ko";
+
+fn main() -> ExitCode {
+    if std::process::id() != 1 {
+        eprintln!("this is the first process of a test machine: run `cargo xtask test`");
+        return ExitCode::FAILURE;
+    }
+    match run() {
+        Ok((passed, failed)) => println!("boot test: {passed} passed, {failed} failed"),
+        Err(error) => println!("boot test: cannot begin: {error:#}"),
+    }
+    let _ = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_POWER_OFF);
+    ExitCode::FAILURE
+}
+
+fn run() -> Result<(usize, usize)> {
+    for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
+        std::fs::create_dir_all(place)?;
+        mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("cannot mount {place}"))?;
+    }
+    std::fs::write("/dev/kmsg", LOG_MARK).context("cannot write to the kernel's log")?;
+    load()?;
+    let mut passed = 0;
+    let mut failed = 0;
+    for (name, case) in cases::ALL {
+        match case() {
+            Ok(()) => {
+                passed += 1;
+                println!("pass {name}");
+            }
+            Err(error) => {
+                failed += 1;
+                println!("FAIL {name}: {error:#}");
+            }
+        }
+    }
+    Ok((passed, failed))
+}
+
+/// Loads the module.
+fn load() -> Result<()> {
+    let file = File::open(MODULE).with_context(|| format!("cannot open {MODULE}"))?;
+    nix::kmod::finit_module(&file, c"", ModuleInitFlags::empty()).context("cannot load the module")
+}
+
+/// Unloads it.
+fn unload() -> Result<(), nix::errno::Errno> {
+    nix::kmod::delete_module(c"poolskip", DeleteModuleFlags::O_NONBLOCK)
+}
+
+/// What the kernel has said that it should not have.
+fn complaints() -> Result<()> {
+    let log = read_log()?;
+    let (_, log) = log.split_once(LOG_MARK).context("the kernel's log has lost the test's beginning")?;
+    let bad =
+        ["WARNING:", "BUG:", "Oops", "Call Trace", "general protection", "invalid opcode", "Out of memory"];
+    match log.lines().find(|line| bad.iter().any(|word| line.contains(word))) {
+        Some(line) => bail!("the kernel says: {line}"),
+        None => Ok(()),
+    }
+}
+
+fn read_log() -> Result<String> {
+    use std::io::Read as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+
+    let mut log = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::fcntl::OFlag::O_NONBLOCK.bits())
+        .open("/dev/kmsg")
+        .context("cannot open the kernel's log")?;
+    let mut text = String::new();
+    let mut record = [0; 8192];
+    loop {
+        match log.read(&mut record) {
+            Ok(length) => text.push_str(&String::from_utf8_lossy(&record[..length])),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(text),
+            // Records that were overwritten meanwhile.
+            Err(error) if error.raw_os_error() == Some(nix::errno::Errno::EPIPE as i32) => {}
+            Err(error) => return Err(error).context("cannot read the kernel's log"),
+        }
+    }
+}
