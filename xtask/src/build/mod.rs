@@ -1,7 +1,7 @@
 //! `cargo xtask build`: every part, with the toolchain that it needs.
 
-mod ebpf;
-mod module;
+pub mod ebpf;
+pub mod module;
 mod rust_src;
 
 use anyhow::Result;
