@@ -1,4 +1,228 @@
-//! The disk that both hosts boot from.
+//! What both hosts boot: hypervisor, kernel, initramfs, and the disk of dom0 with Xen's tools and everything that the guest boots from.
 
-/// The Debian suite of the hosts and of the guest's kernel.
+use std::fs::{self, File};
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use super::kernel::release_of;
+use super::modules::{GUEST_BOOT, HOST, HOST_BOOT, Modules};
+use crate::apt::{Area, Package, unpack};
+use crate::cache::{self, Key};
+use crate::step::run;
+
+/// The Debian suite of the hosts and of the guest's kernel: the last one whose Xen has shadow paging, which the live migration of a PV
+/// guest needs.
 pub(super) const SUITE: &str = "bookworm";
+
+/// What dom0 is made of. No maintainer script runs, and there is no service manager.
+const PACKAGES: &[&str] = &[
+    "base-files",
+    "bash",
+    "busybox-static",
+    "coreutils",
+    "ethtool",
+    "grep",
+    "iproute2",
+    "kmod",
+    "libc-bin",
+    "linux-image-amd64",
+    "mount",
+    "procps",
+    "sed",
+    "socat",
+    "util-linux",
+    "xen-hypervisor-4.17-amd64",
+    "xen-utils-4.17",
+    "xen-utils-common",
+    "xenstore-utils",
+];
+
+/// What dom0 never reads, relative to its root.
+const UNREAD: &[&str] = &[
+    "boot",
+    "usr/include",
+    "usr/lib/modules",
+    "usr/lib/python3",
+    "usr/lib/python3.11",
+    "usr/lib/x86_64-linux-gnu/gconv",
+    "usr/lib/x86_64-linux-gnu/perl",
+    "usr/lib/x86_64-linux-gnu/perl-base",
+    "usr/lib/xen-4.17/boot",
+    "usr/share/doc",
+    "usr/share/info",
+    "usr/share/locale",
+    "usr/share/man",
+    "usr/share/perl",
+    "usr/share/perl5",
+    "usr/share/python3",
+];
+
+/// Files of ours: path, mode, content.
+const FILES: &[(&str, u32, &str)] = &[
+    ("lab/init", 0o755, include_str!("files/dom0-init")),
+    ("lab/block-phy", 0o755, include_str!("files/block-phy")),
+    ("lab/vif-bridge", 0o755, include_str!("files/vif-bridge")),
+    ("lab/db1.cfg", 0o644, include_str!("files/db1.cfg")),
+    ("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/bash\n"),
+    ("etc/group", 0o644, "root:x:0:\n"),
+    ("etc/hosts", 0o644, "127.0.0.1 localhost\n10.9.0.1 source\n10.9.0.2 target\n"),
+];
+
+/// What a host boots from.
+#[derive(Clone, Debug)]
+pub(super) struct Images {
+    dir: PathBuf,
+}
+
+impl Images {
+    /// The images of the packages that the mirror has now, made if the cache has none.
+    ///
+    /// # Errors
+    /// When the mirror cannot be reached, or this is not run by root.
+    pub(super) fn get() -> Result<Self> {
+        let area = Area::open(SUITE)?;
+        let packages = area.resolve(PACKAGES)?;
+        let mut key = Key::new("lab-host-1").with(include_bytes!("files/initramfs-init"));
+        for package in &packages {
+            key = key.with(package.to_string().as_bytes());
+        }
+        for (path, _, content) in FILES {
+            key = key.with(path.as_bytes()).with(content.as_bytes());
+        }
+        for module in [HOST_BOOT, HOST, GUEST_BOOT].concat() {
+            key = key.with(module.as_bytes());
+        }
+        let dir = cache::get_or_make("lab-host", key, |dir| make(&area, &packages, dir))?;
+        Ok(Self { dir })
+    }
+
+    /// The hypervisor.
+    pub(super) fn hypervisor(&self) -> PathBuf {
+        self.dir.join("xen.elf")
+    }
+
+    /// dom0's kernel.
+    pub(super) fn kernel(&self) -> PathBuf {
+        self.dir.join("vmlinuz")
+    }
+
+    /// dom0's initramfs.
+    pub(super) fn initramfs(&self) -> PathBuf {
+        self.dir.join("initrd")
+    }
+
+    /// dom0's disk, raw, which never changes: hosts write to an overlay of their own.
+    pub(super) fn disk(&self) -> PathBuf {
+        self.dir.join("dom0.raw")
+    }
+
+    /// What tells these images from others: their name in the cache.
+    pub(super) fn identity(&self) -> String {
+        self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+}
+
+fn make(area: &Area, packages: &[Package], dir: &Path) -> Result<()> {
+    let release = packages
+        .iter()
+        .find_map(|package| release_of(&package.name))
+        .context("linux-image-amd64 depends on no kernel")?;
+    let root = dir.join("root");
+    unpack(&area.download(packages)?, &root)?;
+    fs::copy(root.join(format!("boot/vmlinuz-{release}")), dir.join("vmlinuz"))?;
+    gunzip(&root.join("boot/xen-4.17-amd64.gz"), &dir.join("xen.elf"))?;
+
+    let busybox = root.join("usr/bin/busybox");
+    let module_dir = root.join("lib/modules").join(&release);
+    let modules = Modules::read(&root, &release, &module_dir)?;
+    fs::write(dir.join("initrd"), modules.initramfs(HOST_BOOT, &busybox)?)?;
+    fs::create_dir_all(root.join("lab"))?;
+    fs::write(root.join("lab/guest-initrd"), modules.initramfs(GUEST_BOOT, &busybox)?)?;
+    fs::copy(dir.join("vmlinuz"), root.join("lab/vmlinuz"))?;
+    modules.copy(HOST, HOST_BOOT, &root.join("lab/modules"))?;
+
+    for path in UNREAD {
+        match fs::remove_dir_all(root.join(path)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {path} from dom0's root"));
+            }
+            _ => {}
+        }
+    }
+    for (path, mode, content) in FILES {
+        install(&root, path, *mode, content)?;
+    }
+    // Debian starts each Xen tool through a shell script that finds the running version's: a process more, every time.
+    let tools = "usr/lib/xen-4.17/bin";
+    for entry in fs::read_dir(root.join(tools))? {
+        let name = entry?.file_name();
+        for place in ["usr/sbin", "usr/bin"] {
+            let link = root.join(place).join(&name);
+            if fs::symlink_metadata(&link).is_ok_and(|meta| meta.is_symlink()) {
+                fs::remove_file(&link)?;
+                symlink(Path::new("/").join(tools).join(&name), &link)?;
+            }
+        }
+    }
+    finish_root(&root)?;
+    let disk = dir.join("dom0.raw");
+    run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-L", "dom0", "-d"]).arg(&root).arg(&disk).arg("1500M"))?;
+    fs::remove_dir_all(&root)?;
+    Ok(())
+}
+
+/// What maintainer scripts would have left behind and a machine needs: a shell, mount points, the loader's cache.
+///
+/// # Errors
+/// When the root cannot be written or its `ldconfig` does not run.
+pub(super) fn finish_root(root: &Path) -> Result<()> {
+    if fs::symlink_metadata(root.join("usr/bin/sh")).is_err() {
+        symlink("bash", root.join("usr/bin/sh"))?;
+    }
+    for directory in ["dev", "proc", "sys", "run", "tmp", "root", "var/log", "var/tmp"] {
+        fs::create_dir_all(root.join(directory))?;
+    }
+    if fs::symlink_metadata(root.join("var/run")).is_err() {
+        symlink("/run", root.join("var/run"))?;
+    }
+    // Programs that no package here brings, from busybox.
+    let applets = run(Command::new("chroot").arg(root).args(["/usr/bin/busybox", "--list"]))?;
+    for applet in String::from_utf8_lossy(&applets).lines() {
+        let there = ["usr/bin", "usr/sbin"].iter().any(|dir| fs::symlink_metadata(root.join(dir).join(applet)).is_ok());
+        if !there {
+            symlink("busybox", root.join("usr/bin").join(applet))?;
+        }
+    }
+    run(Command::new("chroot").arg(root).arg("/usr/sbin/ldconfig"))?;
+    Ok(())
+}
+
+/// Writes one of our files into a root.
+///
+/// # Errors
+/// When it cannot be written.
+pub(super) fn install(root: &Path, path: &str, mode: u32, content: &str) -> Result<()> {
+    let full = root.join(path);
+    if let Some(parent) = full.parent() {
+        fs::create_dir_all(parent)?;
+    }
+    fs::write(&full, content).with_context(|| format!("cannot write {}", full.display()))?;
+    fs::set_permissions(&full, fs::Permissions::from_mode(mode))?;
+    Ok(())
+}
+
+fn gunzip(from: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("gzip")
+        .arg("-dc")
+        .stdin(File::open(from).with_context(|| format!("no hypervisor at {}", from.display()))?)
+        .stdout(Stdio::from(File::create(to)?))
+        .status()
+        .context("cannot start gzip")?;
+    if !status.success() {
+        bail!("gzip cannot unpack {}", from.display());
+    }
+    Ok(())
+}

@@ -1,0 +1,170 @@
+//! `cargo xtask lab`: the lab by hand.
+
+use std::io::{Read, Write, stdin, stdout};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use clap::{Subcommand, ValueEnum};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::machine::Machine;
+use super::run_dir::{Record, living};
+use super::{Host, Lab, Options, frozen};
+use crate::setup;
+
+/// Raise, use and end the lab.
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Raise the lab and keep it until Ctrl-C or `lab down`; builds it first if need be
+    Up,
+    /// Run a shell command on a machine of the lab that is up
+    Run {
+        /// Which machine
+        machine: Which,
+        /// Give up after this many seconds
+        #[arg(long, default_value_t = 600)]
+        timeout: u64,
+        /// The command; its words are put together with spaces for the machine's shell
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
+    /// Connect to the serial console of a host (hypervisor and dom0); Ctrl-C leaves it
+    Console {
+        /// Which host
+        machine: Which,
+    },
+    /// End the lab that is up
+    Down,
+    /// Build the warmed lab and freeze it into the cache, so that it can be resumed in seconds
+    Build {
+        /// Even if the cache has it
+        #[arg(long)]
+        rebuild: bool,
+    },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Which {
+    /// The host that the guest begins on
+    Source,
+    /// The host that it goes to
+    Target,
+    /// The guest, wherever it is
+    Guest,
+}
+
+/// Does what is asked.
+///
+/// # Errors
+/// When it cannot be done.
+pub fn run(args: &Args) -> Result<()> {
+    match &args.command {
+        Command::Up => up(),
+        Command::Run { machine, timeout, command } => {
+            run_command(*machine, &command.join(" "), Duration::from_secs(*timeout))
+        }
+        Command::Console { machine } => console(*machine),
+        Command::Down => down(),
+        Command::Build { rebuild } => {
+            setup::ensure()?;
+            let frozen = frozen::get(*rebuild)?;
+            println!("{}", frozen.dir().display());
+            Ok(())
+        }
+    }
+}
+
+fn up() -> Result<()> {
+    let mut lab = Lab::warm(&Options::default())?;
+    println!("{}\nCtrl-C ends it.", lab.describe());
+    loop {
+        // The handler of signals ends it, and this process.
+        thread::sleep(Duration::from_secs(1));
+        lab.check()?;
+    }
+}
+
+fn run_command(which: Which, command: &str, limit: Duration) -> Result<()> {
+    let output = machine(which, &only()?).run(command, limit)?;
+    stdout().write_all(output.stdout.as_bytes())?;
+    eprint!("{}", output.stderr);
+    if output.status != 0 {
+        std::process::exit(output.status);
+    }
+    Ok(())
+}
+
+fn machine(which: Which, record: &Record) -> Machine {
+    let at = |ports: &[u16], index: usize| ports.get(index).copied().into_iter().collect();
+    match which {
+        Which::Source => Machine::new("source", at(&record.dom0_ports, 0), None),
+        Which::Target => Machine::new("target", at(&record.dom0_ports, 1), None),
+        Which::Guest => Machine::new("guest", record.guest_ports.clone(), None),
+    }
+}
+
+fn console(which: Which) -> Result<()> {
+    let host = match which {
+        Which::Source => Host::Source,
+        Which::Target => Host::Target,
+        Which::Guest => bail!("the guest's console: cargo xtask lab run source tail -n 50 /var/log/xen/guest-db1.log"),
+    };
+    let path = only()?.sockets.join(format!("{}.console", host.name()));
+    let mut stream = UnixStream::connect(&path).with_context(|| format!("no console at {}", path.display()))?;
+    let mut from = stream.try_clone()?;
+    thread::spawn(move || {
+        let mut chunk = [0; 4096];
+        while let Ok(length) = stdin().read(&mut chunk) {
+            if length == 0 || stream.write_all(&chunk[..length]).is_err() {
+                break;
+            }
+        }
+        // The other direction may have gone already.
+        let _ = stream.shutdown(Shutdown::Write);
+    });
+    let mut chunk = [0; 4096];
+    loop {
+        let length = from.read(&mut chunk)?;
+        if length == 0 {
+            return Ok(());
+        }
+        stdout().write_all(&chunk[..length])?;
+        stdout().flush()?;
+    }
+}
+
+fn down() -> Result<()> {
+    let record = only()?;
+    kill(Pid::from_raw(i32::try_from(record.pid)?), Signal::SIGTERM)
+        .with_context(|| format!("cannot end process {}", record.pid))?;
+    let start = Instant::now();
+    while living()?.iter().any(|other| other.pid == record.pid) {
+        if start.elapsed() > Duration::from_secs(30) {
+            bail!("process {} has not ended its lab after 30 s", record.pid);
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+/// The one lab that is up.
+fn only() -> Result<Record> {
+    let mut records = living()?;
+    match (records.pop(), records.pop()) {
+        (Some(record), None) => Ok(record),
+        (None, _) => bail!("no lab is up: `cargo xtask lab up` raises it"),
+        (Some(one), Some(other)) => {
+            bail!("more than one lab is up (processes {} and {} hold them): end one", one.pid, other.pid)
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The guest's disk, which both hosts see: one partition with the root and the data directory of a MySQL server that sysbench has filled.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use super::dom0::{finish_root, install};
+use crate::apt::{Area, unpack};
+use crate::cache::{self, Key};
+use crate::mysql;
+use crate::step::{run, step};
+
+/// Size of the whole disk.
+const DISK_BYTES: u64 = 1536 << 20;
+
+/// Where its partition begins.
+const PARTITION_OFFSET: u64 = 1 << 20;
+
+/// sysbench's tables, and the rows in each: so many that with both of their indexes they just fit into the pool, for what has to be
+/// evicted for the next table would have to be read again, slowly, by every query over all of them.
+pub(super) const TABLES: u32 = 4;
+const ROWS: u32 = 240_000;
+
+/// What the guest needs beside the server.
+const EXTRA: &str = "socat";
+
+/// Files of ours: path, mode, content.
+const FILES: &[(&str, u32, &str)] = &[
+    ("lab/init", 0o755, include_str!("files/guest-init")),
+    ("lab/prepare-data", 0o755, include_str!("files/prepare-data")),
+    ("etc/mysql/my.cnf", 0o644, include_str!("files/my.cnf")),
+    ("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/bash\n"),
+    ("etc/group", 0o644, "root:x:0:\n"),
+];
+
+/// The disk's image, raw, made if the cache has none. It is to be copied, never written.
+///
+/// # Errors
+/// When the mirror cannot be reached, this is not run by root, or the server does not take the data.
+pub(super) fn get() -> Result<PathBuf> {
+    let server = mysql::root()?;
+    let area = Area::open("sid")?;
+    // Only what the server's root does not have already, so that nothing in it changes.
+    let there = fs::read_to_string(server.join("packages.txt")).context("the MySQL root has no packages.txt")?;
+    let mut extra = area.resolve(&[EXTRA])?;
+    extra.retain(|package| !there.lines().any(|line| line.split(' ').next() == Some(&package.name)));
+    let mut key = Key::new("lab-disk-1")
+        .with(server.file_name().unwrap_or_default().as_encoded_bytes())
+        .with(format!("{DISK_BYTES} {PARTITION_OFFSET} {TABLES} {ROWS}").as_bytes())
+        .with(include_bytes!("files/fill-disk"));
+    for package in &extra {
+        key = key.with(package.to_string().as_bytes());
+    }
+    for (path, _, content) in FILES {
+        key = key.with(path.as_bytes()).with(content.as_bytes());
+    }
+    let dir = cache::get_or_make("lab-disk", key, |dir| {
+        let root = dir.join("root");
+        run(Command::new("cp").arg("-a").arg(&server).arg(&root))?;
+        unpack(&area.download(&extra)?, &root)?;
+        drop(area);
+        for (path, mode, content) in FILES {
+            install(&root, path, *mode, content)?;
+        }
+        finish_root(&root)?;
+        fs::create_dir_all(root.join("run/mysqld"))?;
+        step("loading sysbench's tables into a MySQL data directory", || {
+            run(contained().args(["chroot"]).arg(&root).arg("/lab/prepare-data").args([
+                TABLES.to_string(),
+                ROWS.to_string(),
+            ]))
+        })?;
+        for left in ["run/mysqld", "lab/prepare-data"] {
+            let left = root.join(left);
+            if left.is_dir() { fs::remove_dir_all(left)? } else { fs::remove_file(left)? }
+        }
+        step("writing the guest's disk", || write_disk(&root, &dir.join("shared.raw")))?;
+        fs::remove_dir_all(&root)?;
+        Ok(())
+    })?;
+    Ok(dir.join("shared.raw"))
+}
+
+/// The start of a command line whose program, with all that it starts and mounts, is gone when it ends or this process does.
+fn contained() -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child=KILL"]);
+    command
+}
+
+fn write_disk(root: &Path, image: &Path) -> Result<()> {
+    let file = File::create(image).with_context(|| format!("cannot write {}", image.display()))?;
+    file.set_len(DISK_BYTES)?;
+    drop(file);
+    partition(image)?;
+    let blocks_kib = (DISK_BYTES - PARTITION_OFFSET) >> 10;
+    run(Command::new("mke2fs")
+        .args(["-q", "-F", "-t", "ext4", "-L", "db1"])
+        .args(["-E", &format!("offset={PARTITION_OFFSET},lazy_itable_init=0,lazy_journal_init=0")])
+        .arg(image)
+        .arg(format!("{blocks_kib}k")))?;
+    let script = root.with_file_name("fill-disk");
+    fs::write(&script, include_str!("files/fill-disk"))?;
+    run(contained().arg("bash").arg(&script).arg(image).arg(PARTITION_OFFSET.to_string()).arg(root))?;
+    fs::remove_file(&script)?;
+    Ok(())
+}
+
+fn partition(image: &Path) -> Result<()> {
+    let mut sfdisk = Command::new("sfdisk")
+        .args(["--quiet", "--no-reread", "--no-tell-kernel"])
+        .arg(image)
+        .stdin(Stdio::piped())
+        .spawn()
+        .context("cannot start sfdisk")?;
+    let table = format!("label: dos\nstart={}, type=83\n", PARTITION_OFFSET / 512);
+    sfdisk.stdin.take().context("sfdisk has no input")?.write_all(table.as_bytes())?;
+    let status = sfdisk.wait()?;
+    if !status.success() {
+        bail!("sfdisk cannot partition {}: {status}", image.display());
+    }
+    Ok(())
+}

@@ -1,0 +1,159 @@
+//! Kernel modules of the lab's machines, in the order in which they can be loaded.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context, Result};
+
+use super::cpio::Archive;
+use crate::step::run;
+
+/// What both kinds of machine need to mount a root.
+const ROOT: &[&str] = &["crc32c_generic", "ext4"];
+
+/// What a host needs before its root is mounted.
+pub(super) const HOST_BOOT: &[&str] = &["virtio_pci", "virtio_blk"];
+
+/// What a host needs besides.
+pub(super) const HOST: &[&str] = &[
+    "virtio_net",
+    "xenfs",
+    "xen-evtchn",
+    "xen-gntdev",
+    "xen-gntalloc",
+    "xen-privcmd",
+    "xen-netback",
+    "xen-blkback",
+    "bridge",
+    "sch_tbf",
+    "sch_netem",
+];
+
+/// What the guest needs.
+pub(super) const GUEST_BOOT: &[&str] = &["xen-blkfront", "xen-netfront"];
+
+/// The modules of one kernel in an unpacked root.
+pub(super) struct Modules<'a> {
+    dir: &'a Path,
+    dependencies: HashMap<String, (String, Vec<String>)>,
+}
+
+impl<'a> Modules<'a> {
+    /// Reads the dependencies of all modules in `dir` (`lib/modules/RELEASE` in `root`).
+    ///
+    /// # Errors
+    /// When depmod fails.
+    pub(super) fn read(root: &Path, release: &str, dir: &'a Path) -> Result<Self> {
+        run(Command::new("chroot").arg(root).args(["depmod", release]))?;
+        let text = fs::read_to_string(dir.join("modules.dep")).context("depmod left no modules.dep")?;
+        Ok(Self { dir, dependencies: parse_dependencies(&text) })
+    }
+
+    /// Paths of `wanted` and all that they need, each after what it needs.
+    ///
+    /// # Errors
+    /// When there is no such module.
+    pub(super) fn in_order(&self, wanted: &[&str]) -> Result<Vec<String>> {
+        let mut order: Vec<String> = Vec::new();
+        for name in wanted {
+            let (path, needed) = self
+                .dependencies
+                .get(&canonical(name))
+                .with_context(|| format!("the kernel has no module {name} in {}", self.dir.display()))?;
+            for path in needed.iter().rev().chain([path]) {
+                if !order.contains(path) {
+                    order.push(path.clone());
+                }
+            }
+        }
+        Ok(order)
+    }
+
+    /// An initramfs that loads `wanted` and the root's file system, and goes on from the root.
+    ///
+    /// # Errors
+    /// When a module or busybox is missing.
+    pub(super) fn initramfs(&self, wanted: &[&str], busybox: &Path) -> Result<Vec<u8>> {
+        let mut archive = Archive::default();
+        for directory in ["bin", "dev", "proc", "root", "modules"] {
+            archive.directory(directory);
+        }
+        archive.device("dev/console", 5, 1);
+        archive.file("init", 0o755, include_bytes!("files/initramfs-init"));
+        let bytes = fs::read(busybox).with_context(|| format!("no busybox at {}", busybox.display()))?;
+        archive.file("bin/busybox", 0o755, &bytes);
+        let mut names = String::new();
+        for path in self.in_order(&[wanted, ROOT].concat())? {
+            let name = file_name(&path);
+            names.push_str(name);
+            names.push('\n');
+            archive.file(&format!("modules/{name}"), 0o644, &fs::read(self.dir.join(&path))?);
+        }
+        archive.file("modules/order", 0o644, names.as_bytes());
+        Ok(archive.finish())
+    }
+
+    /// Copies `wanted` and what they need into `to`, with a file `order` that names them in order; not what `before` has loaded already.
+    ///
+    /// # Errors
+    /// When one is missing or cannot be copied.
+    pub(super) fn copy(&self, wanted: &[&str], before: &[&str], to: &Path) -> Result<()> {
+        fs::create_dir_all(to)?;
+        let loaded = self.in_order(&[before, ROOT].concat())?;
+        let mut names = String::new();
+        for path in self.in_order(wanted)?.iter().filter(|path| !loaded.contains(path)) {
+            let name = file_name(path);
+            names.push_str(name);
+            names.push('\n');
+            fs::copy(self.dir.join(path), to.join(name))?;
+        }
+        fs::write(to.join("order"), names)?;
+        Ok(())
+    }
+}
+
+/// `modules.dep`: `PATH: PATH…`, what a module needs, nearest first. By name.
+fn parse_dependencies(text: &str) -> HashMap<String, (String, Vec<String>)> {
+    text.lines()
+        .filter_map(|line| {
+            let (path, needed) = line.split_once(':')?;
+            let needed = needed.split_whitespace().map(str::to_owned).collect();
+            Some((canonical(file_name(path).trim_end_matches(".ko")), (path.to_owned(), needed)))
+        })
+        .collect()
+}
+
+/// The kernel takes `-` and `_` in a module's name for the same.
+fn canonical(name: &str) -> String {
+    name.replace('-', "_")
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_come_after_what_they_need_and_once() {
+        let text = "kernel/fs/ext4/ext4.ko: kernel/fs/jbd2/jbd2.ko kernel/fs/mbcache.ko kernel/lib/crc16.ko\n\
+                    kernel/lib/crc16.ko:\nkernel/fs/mbcache.ko:\nkernel/fs/jbd2/jbd2.ko: kernel/lib/crc16.ko\n\
+                    kernel/drivers/block/xen-blkfront.ko:\n";
+        let modules = Modules { dir: Path::new("/nowhere"), dependencies: parse_dependencies(text) };
+        assert_eq!(
+            modules.in_order(&["jbd2", "ext4", "xen_blkfront"]).unwrap(),
+            [
+                "kernel/lib/crc16.ko",
+                "kernel/fs/jbd2/jbd2.ko",
+                "kernel/fs/mbcache.ko",
+                "kernel/fs/ext4/ext4.ko",
+                "kernel/drivers/block/xen-blkfront.ko"
+            ]
+        );
+        assert!(modules.in_order(&["no_such"]).is_err());
+    }
+}
