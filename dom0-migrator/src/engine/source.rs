@@ -291,7 +291,7 @@ enum Mode {
     PassThrough,
     /// Markers and references.
     Filter,
-    /// After VERIFY: every byte as it is.
+    /// After VERIFY: every byte as it is, and counted apart.
     Verify,
 }
 
@@ -544,7 +544,7 @@ impl Filter {
             return Err(header.error(StreamProblem::Unknown));
         }
         self.settle()?;
-        if kind == record::VERIFY && self.mode == Mode::Filter {
+        if kind == record::VERIFY {
             self.mode = Mode::Verify;
         }
         self.copy_record(header)

@@ -1,1 +1,0 @@
-//! Both filters against each other.

@@ -1,0 +1,374 @@
+//! What goes wrong, and what then must hold.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use enlightenment::Vdev;
+use proptest::prelude::*;
+
+use super::guest_stream::{Sent, beginning, disk_page, ending, other_page, page_data, record, restore};
+use super::pair::{Pair, XVDA, config, disk, map};
+use crate::engine::memory_record::{self, Builder, SpanKind};
+use crate::engine::side_message::{Answer, Hello, Refusal, Verdicts};
+use crate::engine::summary::DiskSummary;
+use crate::engine::xen_stream::{Entry, NOTAB, PAGE, record as kinds};
+use crate::engine::{
+    Config, DiskName, EngineError, SourceFilter, SourceParts, StreamProblem, TargetFilter, TargetParts,
+};
+
+/// 32 pages, all of them on the disk.
+fn clean_pages() -> Vec<Sent> {
+    (0..32).map(|pfn| Sent::page(pfn, disk_page(pfn))).collect()
+}
+
+/// A source filter whose target is the test itself.
+struct LoneSource {
+    save: UnixStream,
+    source: SourceFilter,
+    wire: UnixStream,
+    side: UnixStream,
+}
+
+impl LoneSource {
+    fn start(config: Config) -> Self {
+        let [save, wire, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+        let mut target_side = side.1;
+        let answering = std::thread::spawn(move || {
+            let hello = Hello::read(&mut target_side).unwrap();
+            let disks = hello
+                .disks
+                .iter()
+                .map(|disk| DiskSummary { vdev: disk.vdev.0, size_bytes: 1 << 30, problem: None })
+                .collect();
+            Answer { max_outstanding: hello.window_pages, disks }.write(&mut target_side).unwrap();
+            target_side
+        });
+        let source = SourceFilter::start(SourceParts {
+            from_save: OwnedFd::from(save.1),
+            to_wire: OwnedFd::from(wire.0),
+            side: Some(OwnedFd::from(side.0)),
+            map: map((0..32).map(|pfn| (pfn, pfn))),
+            disks: vec![DiskName { vdev: Vdev(XVDA), path: "/disk".into() }],
+            config,
+        })
+        .unwrap();
+        Self { save: save.0, source, wire: wire.1, side: answering.join().unwrap() }
+    }
+
+    /// Has the filter send all clean pages by reference.
+    fn refer_to_clean_pages(&mut self) {
+        self.save.write_all(&beginning()).unwrap();
+        self.save.write_all(&page_data(&clean_pages())).unwrap();
+        while self.source.stats().references_outstanding < 32 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Everything that was on the wire, with references resolved as a target would that has accepted none: only pages that
+    /// travelled count.
+    fn pages_on_wire(mut self) -> std::collections::BTreeMap<u64, Vec<u8>> {
+        drop(self.save);
+        self.source.finish().unwrap();
+        let mut bytes = Vec::new();
+        self.wire.read_to_end(&mut bytes).unwrap();
+        let mut pages = std::collections::BTreeMap::new();
+        let mut at = 40;
+        while at < bytes.len() {
+            let header =
+                crate::engine::xen_stream::RecordHeader::parse(bytes[at..at + 8].try_into().unwrap(), 0);
+            let body = &bytes[at + 8..at + 8 + header.length as usize];
+            at += 8 + header.padded() as usize;
+            if header.kind == kinds::PAGE_DATA {
+                let data = crate::engine::xen_stream::PageData::parse(body).unwrap();
+                let with_data =
+                    data.pages_by_entry().filter_map(|(entry, page)| Some((entry.pfn, page?.to_vec())));
+                pages.extend(with_data);
+            }
+        }
+        pages
+    }
+}
+
+#[test]
+fn what_is_not_settled_in_time_is_sent() {
+    let mut lone = LoneSource::start(Config { drain_timeout: Duration::from_millis(100), ..config() });
+    lone.refer_to_clean_pages();
+    // The target accepts ten, refuses one, and says nothing more.
+    let verdicts = Verdicts { accepted: vec![(0, 10)], refused: vec![(10, Refusal::IoError)] };
+    verdicts.write(&mut lone.side).unwrap();
+    let report = lone.source.drain().unwrap();
+    assert!(report.replaced == 21 && report.seconds >= 0.1, "{report:?}");
+    // It says something later, which no longer matters.
+    Verdicts { accepted: vec![(11, 10)], refused: vec![(21, Refusal::Hash), (0, Refusal::Hash)] }
+        .write(&mut lone.side)
+        .unwrap();
+    lone.save.write_all(&ending()).unwrap();
+    let pages = lone.pages_on_wire();
+    assert_eq!(pages.keys().copied().collect::<Vec<_>>(), (10..32).collect::<Vec<_>>());
+    assert!(pages.iter().all(|(&pfn, page)| *page == disk_page(pfn)));
+}
+
+#[test]
+fn a_refusal_of_something_superseded_sends_nothing() {
+    let mut lone = LoneSource::start(config());
+    lone.refer_to_clean_pages();
+    lone.save.write_all(&page_data(&[Sent::page(3, other_page(3)), Sent::typed(4, 15, Vec::new())])).unwrap();
+    while lone.source.stats().references_superseded < 2 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let verdicts =
+        Verdicts { accepted: vec![(0, 3), (5, 27)], refused: vec![(3, Refusal::Hash), (4, Refusal::Hash)] };
+    verdicts.write(&mut lone.side).unwrap();
+    let report = lone.source.drain().unwrap();
+    assert_eq!((report.refused, report.replaced), (0, 0));
+    assert_eq!(lone.source.stats().references_accepted, 30);
+    lone.save.write_all(&ending()).unwrap();
+    // PFN 4 has no data, so its record went as a marker or as PAGE_DATA; only PFN 3's page may have travelled.
+    let pages = lone.pages_on_wire();
+    assert_eq!(pages.into_iter().collect::<Vec<_>>(), [(3, other_page(3))]);
+}
+
+#[test]
+fn a_verdict_on_something_never_sent_ends_the_side_channel() {
+    let mut lone = LoneSource::start(config());
+    lone.refer_to_clean_pages();
+    Verdicts { accepted: vec![(0, 33)], refused: Vec::new() }.write(&mut lone.side).unwrap();
+    let report = lone.source.drain().unwrap();
+    assert_eq!(
+        (report.accepted, report.replaced),
+        (0, 0),
+        "it was all sent before the drain looked: {report:?}"
+    );
+    assert_eq!(lone.source.stats().references_replaced, 32);
+    lone.save.write_all(&ending()).unwrap();
+    assert_eq!(lone.pages_on_wire().len(), 32);
+}
+
+#[test]
+fn a_lost_side_channel_costs_only_bytes() {
+    let disk = disk(64);
+    let mut pair = Pair::simple(map((0..64).map(|pfn| (pfn, pfn))), &disk, config());
+    let mut stream = beginning();
+    stream.extend(page_data(&clean_pages()));
+    pair.write(&stream);
+    pair.side.shutdown(Shutdown::Both).unwrap();
+    pair.source.drain().unwrap();
+    let more: Vec<_> = (32..64).map(|pfn| Sent::page(pfn, disk_page(pfn))).collect();
+    let mut rest = page_data(&more);
+    rest.extend(record(kinds::VERIFY, &[]));
+    rest.extend(page_data(&more));
+    rest.extend(ending());
+    pair.write(&rest);
+    stream.extend(rest);
+    let outcome = pair.finish();
+    let found = restore(&outcome.stream);
+    assert_eq!(found, restore(&stream));
+    assert!(found.verify_mismatches.is_empty());
+    assert!(outcome.source.unwrap().stats.side_channel_lost);
+}
+
+#[test]
+fn without_an_answer_everything_goes_raw() {
+    let [save, wire, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+    let source = SourceFilter::start(SourceParts {
+        from_save: OwnedFd::from(save.1),
+        to_wire: OwnedFd::from(wire.0),
+        side: Some(OwnedFd::from(side.0)),
+        map: map((0..32).map(|pfn| (pfn, pfn))),
+        disks: Vec::new(),
+        config: Config { hello_timeout: Duration::from_millis(50), ..config() },
+    })
+    .unwrap();
+    let mut stream = beginning();
+    stream.extend(page_data(&clean_pages()));
+    stream.extend(ending());
+    let (mut from, mut to) = (save.0, wire.1);
+    let expected = stream.clone();
+    let writer = std::thread::spawn(move || from.write_all(&stream).unwrap());
+    let mut found = Vec::new();
+    to.read_to_end(&mut found).unwrap();
+    writer.join().unwrap();
+    let summary = source.finish().unwrap();
+    assert!(found == expected && summary.stats.side_channel_lost && !summary.poolskip);
+}
+
+#[test]
+fn disks_that_cannot_be_opened_leave_pages_raw() {
+    let disks = vec![DiskName { vdev: Vdev(XVDA), path: "/no/such/disk".into() }];
+    let mut pair = Pair::start(map((0..32).map(|pfn| (pfn, pfn))), disks, config(), config());
+    let mut stream = beginning();
+    stream.extend(page_data(&clean_pages()));
+    stream.extend(ending());
+    pair.write(&stream);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    let source = outcome.source.unwrap();
+    assert_eq!((source.stats.pages_disk_missing, source.stats.pages_raw), (32, 32));
+    assert!(source.disks[0].problem.as_ref().unwrap().contains("/no/such/disk"));
+}
+
+#[test]
+fn a_target_that_names_its_own_disks_opens_no_other() {
+    let (wrong, right) = (disk(1), disk(64));
+    let own = vec![DiskName { vdev: Vdev(XVDA), path: right.path().to_owned() }];
+    let named = |vdev, file: &tempfile::NamedTempFile| DiskName { vdev, path: file.path().to_owned() };
+    let mut pair = Pair::start(
+        map((0..32).map(|pfn| (pfn, pfn))),
+        vec![named(Vdev(XVDA + 16), &right), named(Vdev(XVDA), &wrong)],
+        config(),
+        Config { own_disks: Some(own), ..config() },
+    );
+    let mut stream = beginning();
+    stream.extend(page_data(&clean_pages()));
+    stream.extend(ending());
+    pair.write(&stream);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    let source = outcome.source.unwrap();
+    assert_eq!(source.stats.references_accepted, 32);
+    assert!(source.disks[0].problem.is_some() && source.disks[1].problem.is_none());
+}
+
+#[test]
+fn a_save_that_stops_early_is_an_error_on_both_sides() {
+    let disk = disk(64);
+    let mut pair = Pair::simple(map((0..32).map(|pfn| (pfn, pfn))), &disk, config());
+    let mut stream = beginning();
+    stream.extend(page_data(&clean_pages()));
+    stream.truncate(stream.len() - 100);
+    pair.write(&stream);
+    let source = {
+        drop(pair.save);
+        pair.source.finish()
+    };
+    assert!(matches!(source, Err(EngineError::Truncated { what: "PAGE_DATA", .. })), "{source:?}");
+    pair.target.abort();
+    assert!(matches!(pair.target.finish(), Err(EngineError::Aborted | EngineError::Truncated { .. })));
+}
+
+#[test]
+fn an_abort_ends_a_waiting_filter_and_its_drain() {
+    let mut lone = LoneSource::start(config());
+    lone.refer_to_clean_pages();
+    let source = std::sync::Arc::new(lone.source);
+    let drain = std::thread::spawn({
+        let source = std::sync::Arc::clone(&source);
+        move || source.drain()
+    });
+    // Long enough for the drain to have begun; had it not, it would find the filter gone all the same.
+    std::thread::sleep(Duration::from_millis(20));
+    source.abort();
+    assert!(matches!(drain.join().unwrap(), Err(EngineError::Gone)));
+    let source = std::sync::Arc::into_inner(source).unwrap();
+    assert!(matches!(source.finish(), Err(EngineError::Aborted)));
+}
+
+/// Feeds bytes to a target filter that has been told hello; what it says of them.
+fn target_says(stream: &[u8], window_pages: u32) -> Result<crate::engine::TargetSummary, EngineError> {
+    let [wire, restored, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+    let file = disk(64);
+    let target = TargetFilter::start(TargetParts {
+        from_wire: OwnedFd::from(wire.1),
+        to_restore: OwnedFd::from(restored.0),
+        side: Some(OwnedFd::from(side.1)),
+        config: config(),
+    })
+    .unwrap();
+    let mut source_side = side.0;
+    let disks = vec![DiskName { vdev: Vdev(XVDA), path: file.path().to_owned() }];
+    Hello { key: [1; 32], window_pages, disks }.write(&mut source_side).unwrap();
+    Answer::read(&mut source_side).unwrap();
+    let mut to_restore = restored.1;
+    let reader = std::thread::spawn(move || to_restore.read_to_end(&mut Vec::new()));
+    let mut from_wire = wire.0;
+    // A filter that has refused the stream no longer reads it.
+    let _ = from_wire.write_all(stream);
+    drop(from_wire);
+    let result = target.finish();
+    reader.join().unwrap().unwrap();
+    result
+}
+
+fn references(first: u64, pfns: std::ops::Range<u64>) -> Vec<u8> {
+    let mut builder = Builder::default();
+    for pfn in pfns {
+        let kind = SpanKind::Reference { disk: 0, offset: pfn * PAGE as u64 };
+        builder.push(Entry { pfn, page_type: NOTAB }, kind);
+        builder.hashes.push([0; 16]);
+    }
+    let mut body = Vec::new();
+    builder.write_head(first, &mut body);
+    record(memory_record::RECORD_TYPE, &body)
+}
+
+fn problem(result: Result<crate::engine::TargetSummary, EngineError>) -> StreamProblem {
+    match result {
+        Err(EngineError::Stream { problem, .. }) => problem,
+        other => panic!("expected a stream error, not {other:?}"),
+    }
+}
+
+#[test]
+fn a_hostile_source_is_told_what_is_wrong() {
+    let stream = |parts: &[Vec<u8>]| [beginning(), parts.concat(), ending()].concat();
+    let after_verify = stream(&[record(kinds::VERIFY, &[]), references(0, 0..1)]);
+    assert!(matches!(problem(target_says(&after_verify, 8)), StreamProblem::Forbidden(_)));
+    let gap = stream(&[references(0, 0..1), references(2, 1..2)]);
+    assert_eq!(problem(target_says(&gap, 8)), StreamProblem::Sequence { found: 2, expected: 1 });
+    let unsettled = stream(&[references(0, 0..3)]);
+    assert_eq!(problem(target_says(&unsettled, 8)), StreamProblem::Unsettled(3));
+    let too_many = stream(&[references(0, 0..9)]);
+    assert_eq!(problem(target_says(&too_many, 8)), StreamProblem::Outstanding(9));
+    let checkpoint = stream(&[record(kinds::CHECKPOINT, &[])]);
+    assert_eq!(problem(target_says(&checkpoint, 8)), StreamProblem::Checkpoint);
+    let unknown = stream(&[record(0x77, &[])]);
+    assert_eq!(problem(target_says(&unknown, 8)), StreamProblem::Unknown);
+    let mut long = stream(&[]);
+    long.truncate(40);
+    long.extend(kinds::PAGE_DATA.to_le_bytes());
+    long.extend((120_u32 << 20).to_le_bytes());
+    assert!(matches!(problem(target_says(&long, 8)), StreamProblem::Length { .. }));
+    let mut big_endian = beginning();
+    big_endian[17] = 1;
+    assert!(matches!(target_says(&big_endian, 8), Err(EngineError::Header(_))));
+}
+
+#[test]
+fn optional_records_pass() {
+    let stream = [beginning(), record(0x8000_1234, &[5; 11]), ending()].concat();
+    let summary = target_says(&stream, 8).unwrap();
+    assert_eq!(summary.stats.bytes_out, stream.len() as u64);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// A stream that was cut or bent somewhere ends in an error or in a restore, never in a panic or a hang.
+    #[test]
+    fn bent_streams_never_panic(
+        cut in any::<proptest::sample::Index>(),
+        bends in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
+    ) {
+        let mut stream = [
+            beginning(),
+            references(0, 0..4),
+            page_data(&[Sent::page(0, other_page(0)), Sent::typed(1, 15, Vec::new())]),
+            page_data(&[Sent::page(2, other_page(0)), Sent::page(3, other_page(1))]),
+            ending(),
+        ]
+        .concat();
+        let whole = stream.len();
+        for (at, value) in &bends {
+            // Bends in what is parsed, rather than in page contents.
+            let at = at.index(whole / 8) * 8 % 1400;
+            stream[at] = *value;
+        }
+        stream.truncate(cut.index(whole * 2).min(whole));
+        if let Err(EngineError::Panicked) = target_says(&stream, 8) {
+            prop_assert!(false, "panicked");
+        }
+    }
+}

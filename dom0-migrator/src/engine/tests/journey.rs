@@ -1,0 +1,236 @@
+//! Whole migrations that go well.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+
+use super::guest_stream::{Sent, beginning, disk_page, ending, other_page, page_data, record, restore};
+use super::pair::{AFTER_END, Pair, config, disk, map};
+use crate::engine::xen_stream::{PAGE, record as kinds};
+use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts};
+
+/// 64 pages: zeros, pages on the disk, others, page tables, unpopulated ones.
+fn first_pass() -> Vec<Sent> {
+    (0..64_u64)
+        .map(|pfn| match pfn {
+            0..=7 => Sent::page(pfn, vec![0; PAGE]),
+            8..=31 => Sent::page(pfn, disk_page(pfn)),
+            32..=39 => Sent::typed(pfn, [1, 2, 3, 4, 9, 10, 11, 12][pfn as usize - 32], disk_page(pfn)),
+            40..=55 => Sent::page(pfn, other_page(pfn)),
+            56 => Sent::typed(pfn, 13, Vec::new()),
+            57 => Sent::typed(pfn, 14, Vec::new()),
+            _ => Sent::typed(pfn, 15, Vec::new()),
+        })
+        .collect()
+}
+
+/// A stream: passes, and VERIFY with the last state of all pages.
+fn whole_stream(passes: &[Vec<Sent>], verify: bool) -> Vec<u8> {
+    let mut stream = beginning();
+    let mut last = std::collections::BTreeMap::new();
+    for pass in passes {
+        for batch in pass.chunks(13) {
+            stream.extend(page_data(batch));
+        }
+        last.extend(pass.iter().map(|sent| (sent.entry.pfn, sent.clone())));
+    }
+    if verify {
+        stream.extend(record(kinds::VERIFY, &[]));
+        stream.extend(page_data(&last.into_values().collect::<Vec<_>>()));
+    }
+    stream.extend(ending());
+    stream
+}
+
+#[test]
+fn pages_on_the_disk_go_by_reference() {
+    let disk = disk(64);
+    // Page tables are in the map too, and must not go by it.
+    let mut pair = Pair::simple(map((8..40).map(|pfn| (pfn, pfn))), &disk, config());
+    let second_pass = vec![Sent::page(8, other_page(1)), Sent::page(9, vec![0; PAGE])];
+    let stream = whole_stream(&[first_pass(), second_pass], true);
+    pair.write(&stream);
+    let outcome = pair.finish();
+    let (source, target) = (outcome.source.unwrap(), outcome.target.unwrap());
+    let (expected, found) = (restore(&stream), restore(&outcome.stream));
+    assert_eq!(found, expected);
+    assert_eq!((found.verified, found.verify_mismatches.len()), (56, 0));
+    assert_eq!(outcome.left_on_wire, AFTER_END);
+    let stats = &source.stats;
+    assert_eq!(stats.pages_in, 58);
+    assert_eq!((stats.pages_zero, stats.pages_referenced, stats.pages_raw), (9, 24, 25));
+    assert_eq!((stats.pages_page_table, stats.pages_without_data), (8, 8));
+    assert_eq!((stats.pages_resent, stats.pages_verified, stats.rounds), (2, 56, 2));
+    assert_eq!(stats.references_accepted + stats.references_superseded, 24);
+    assert_eq!(
+        (stats.references_refused, stats.references_replaced, stats.references_outstanding),
+        (0, 0, 0)
+    );
+    assert_eq!(stats.bytes_in, stream.len() as u64);
+    assert_eq!(stats.bytes_out, target.stats.bytes_in);
+    assert_eq!(stats.bytes_page_data, (25 + 56) * 4096);
+    assert_eq!(
+        stats.bytes_out,
+        stats.bytes_page_data + stats.bytes_references + stats.bytes_markers + stats.bytes_other
+    );
+    assert_eq!(target.stats.bytes_out, outcome.stream.len() as u64);
+    assert_eq!((target.stats.references, target.stats.refused.total()), (24, 0));
+    assert!(source.poolskip && target.poolskip);
+    assert_eq!(source.disks, target.disks);
+    assert_eq!(source.disks[0].size_bytes, 64 * 4096 + 512);
+}
+
+#[test]
+fn without_a_side_channel_not_a_byte_changes() {
+    let stream = whole_stream(&[first_pass()], true);
+    let [save, wire, restored] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+    let source = SourceFilter::start(SourceParts {
+        from_save: OwnedFd::from(save.1),
+        to_wire: OwnedFd::from(wire.0),
+        side: None,
+        map: map((8..40).map(|pfn| (pfn, pfn))),
+        disks: Vec::new(),
+        config: config(),
+    })
+    .unwrap();
+    let target = TargetFilter::start(TargetParts {
+        from_wire: OwnedFd::from(wire.1),
+        to_restore: OwnedFd::from(restored.0),
+        side: None,
+        config: config(),
+    })
+    .unwrap();
+    let mut from_save = save.0;
+    let expected = stream.clone();
+    let writer = std::thread::spawn(move || from_save.write_all(&stream).unwrap());
+    let mut found = Vec::new();
+    let mut to_restore = restored.1;
+    to_restore.read_to_end(&mut found).unwrap();
+    writer.join().unwrap();
+    assert!(found == expected, "the stream has changed");
+    let (source, target) = (source.finish().unwrap(), target.finish().unwrap());
+    assert_eq!(
+        (source.stats.bytes_out, target.stats.bytes_out),
+        (expected.len() as u64, expected.len() as u64)
+    );
+    assert_eq!((source.stats.pages_in, source.stats.pages_raw), (56, 56));
+    assert!(!source.poolskip && !target.poolskip);
+}
+
+#[test]
+fn references_can_be_switched_off() {
+    let disk = disk(64);
+    let off = Config { references: false, ..config() };
+    let mut pair = Pair::simple(map((8..40).map(|pfn| (pfn, pfn))), &disk, off);
+    let stream = whole_stream(&[first_pass()], false);
+    pair.write(&stream);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    let stats = outcome.source.unwrap().stats;
+    assert_eq!((stats.pages_referenced, stats.pages_zero), (0, 8));
+}
+
+#[test]
+fn a_run_without_data_is_one_marker() {
+    let disk = disk(1);
+    let mut pair = Pair::simple(map([]), &disk, config());
+    let run: Vec<_> = (0..1024).map(|pfn| Sent::typed(pfn, 15, Vec::new())).collect();
+    let mut stream = beginning();
+    let before = stream.len();
+    stream.extend(page_data(&run));
+    let after = stream.len();
+    stream.extend(ending());
+    pair.write(&stream);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    let stats = outcome.source.unwrap().stats;
+    assert_eq!(stats.bytes_in - stats.bytes_out, (after - before) as u64 - 56);
+}
+
+#[test]
+fn wrong_hints_cost_time_and_nothing_else() {
+    let disk = disk(64);
+    // PFN and place are shifted against each other, some beyond the end of the disk.
+    let mut pair = Pair::simple(map((0..64).map(|pfn| (pfn, pfn + 7))), &disk, config());
+    let stream = whole_stream(&[first_pass()], true);
+    pair.write(&stream);
+    let outcome = pair.finish();
+    let found = restore(&outcome.stream);
+    assert_eq!(found, restore(&stream));
+    assert!(found.verify_mismatches.is_empty());
+    let (source, target) = (outcome.source.unwrap().stats, outcome.target.unwrap().stats);
+    assert_eq!((source.pages_referenced, source.references_refused), (40, 40));
+    assert_eq!((source.refused, target.references_accepted), (target.refused, 0));
+    assert_eq!(source.refused.hash, 40);
+}
+
+#[test]
+fn places_beyond_the_disk_are_refused() {
+    let disk = disk(10);
+    let mut pair = Pair::simple(map((8..32).map(|pfn| (pfn, pfn))), &disk, config());
+    let stream = whole_stream(&[first_pass()], true);
+    pair.write(&stream);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    let source = outcome.source.unwrap().stats;
+    assert_eq!((source.references_accepted, source.refused.out_of_bounds), (2, 22));
+}
+
+#[test]
+fn a_tiny_window_lets_pages_go_raw() {
+    let disk = disk(64);
+    let tiny = Config { window_bytes: 2 * 4096, ..config() };
+    let mut pair = Pair::simple(map((8..32).map(|pfn| (pfn, pfn))), &disk, tiny);
+    let stream = whole_stream(&[first_pass()], true);
+    pair.write(&stream);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    let source = outcome.source.unwrap().stats;
+    assert!(source.pages_window_full > 0 && source.references_outstanding_peak <= 2, "{source:?}");
+    assert_eq!(source.pages_referenced + source.pages_window_full, 24);
+}
+
+#[test]
+fn after_the_drain_all_is_in_libxenguests_hands_and_nothing_is_referred_to() {
+    let disk = disk(64);
+    let mut pair = Pair::simple(map((0..64).map(|pfn| (pfn, pfn))), &disk, config());
+    pair.source.enter_round(0);
+    let mut stream = beginning();
+    stream.extend(page_data(&first_pass()));
+    pair.write(&stream);
+    let report = pair.source.drain().unwrap();
+    assert_eq!(report.accepted + report.refused + report.replaced, report.outstanding);
+    let stats = pair.source.stats();
+    assert_eq!((stats.bytes_in, stats.references_outstanding), (stream.len() as u64, 0));
+    assert_eq!((stats.pages_referenced, stats.references_accepted, stats.references_refused), (40, 24, 16));
+    pair.source.suspended();
+    // Pages that are in the map and on the disk, but after the drain; and zeros, which may still be markers.
+    let last = [Sent::page(20, disk_page(20)), Sent::page(21, vec![0; PAGE]), Sent::page(60, disk_page(60))];
+    pair.source.enter_round(1);
+    let mut rest = page_data(&last);
+    rest.extend(ending());
+    pair.write(&rest);
+    stream.extend(rest);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    let stats = outcome.source.unwrap().stats;
+    assert_eq!((stats.pages_referenced, stats.pages_zero, stats.rounds), (40, 9, 2));
+}
+
+#[test]
+fn an_empty_map_and_no_disk_still_save_zeros() {
+    let mut pair = Pair::start(
+        ReferenceMap::new(enlightenment::Pfn(super::pair::MAX_PFN)),
+        Vec::new(),
+        config(),
+        config(),
+    );
+    let stream = whole_stream(&[first_pass()], false);
+    let (before_end, end) = stream.split_at(stream.len() - 8);
+    pair.write(before_end);
+    assert_eq!(pair.source.drain().unwrap().outstanding, 0);
+    pair.write(end);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    assert_eq!(outcome.source.unwrap().stats.pages_zero, 8);
+}

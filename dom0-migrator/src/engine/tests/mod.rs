@@ -1,0 +1,7 @@
+//! Both filters against each other: a made-up save on one end, a model of libxenguest's restore on the other.
+
+mod chaos;
+mod failures;
+mod guest_stream;
+mod journey;
+mod pair;

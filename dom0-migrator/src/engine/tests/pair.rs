@@ -1,0 +1,152 @@
+//! A source and a target filter in this process, with sockets between them and a file as the disk.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use enlightenment::{ListKind, Pfn, Run, Vdev};
+
+use super::guest_stream::disk_page;
+use crate::engine::{
+    Config, DiskName, EngineError, ReferenceMap, SourceFilter, SourceParts, SourceSummary, TargetFilter,
+    TargetParts, TargetSummary,
+};
+
+pub const XVDA: u32 = 51712;
+/// Last PFN of the made-up guest.
+pub const MAX_PFN: u64 = 4095;
+/// What libxl writes after libxc's END.
+pub const AFTER_END: &[u8] = b"libxl goes on here";
+
+/// The disk: page i is `disk_page(i)`, and a piece of a page at the end.
+pub fn disk(pages: u64) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    for page in 0..pages {
+        file.write_all(&disk_page(page)).unwrap();
+    }
+    file.write_all(&[1; 512]).unwrap();
+    file.flush().unwrap();
+    file
+}
+
+/// A map in which each PFN lies in a page of the disk.
+pub fn map(places: impl IntoIterator<Item = (u64, u64)>) -> ReferenceMap {
+    let mut map = ReferenceMap::new(Pfn(MAX_PFN));
+    for (pfn, disk_page) in places {
+        let run = Run {
+            pfn,
+            disk_offset: disk_page * 4096,
+            vdev: XVDA,
+            pages: 1,
+            list: ListKind::Read as u8,
+            reserved: 0,
+        };
+        map.insert_run(&run).unwrap();
+    }
+    map
+}
+
+/// Small and quick.
+pub fn config() -> Config {
+    Config {
+        window_bytes: 1 << 20,
+        drain_timeout: Duration::from_secs(20),
+        readers: 2,
+        read_bytes: 64 << 10,
+        in_flight_bytes: 256 << 10,
+        ..Config::default()
+    }
+}
+
+/// Everything between a save and a restore.
+pub struct Pair {
+    /// Where the save writes.
+    pub save: UnixStream,
+    pub source: SourceFilter,
+    pub target: TargetFilter,
+    /// The wire's two ends again, as libxl holds them beside its helper.
+    wire: (UnixStream, UnixStream),
+    /// The side channel's source end again, to cut it.
+    pub side: UnixStream,
+    restored: JoinHandle<Vec<u8>>,
+}
+
+/// What is left when both filters have ended.
+pub struct Outcome {
+    pub source: Result<SourceSummary, EngineError>,
+    pub target: Result<TargetSummary, EngineError>,
+    /// All that libxenguest could read.
+    pub stream: Vec<u8>,
+    /// What was left on the wire.
+    pub left_on_wire: Vec<u8>,
+}
+
+fn collect(mut from: UnixStream) -> JoinHandle<Vec<u8>> {
+    std::thread::spawn(move || {
+        let mut all = Vec::new();
+        from.read_to_end(&mut all).unwrap();
+        all
+    })
+}
+
+impl Pair {
+    pub fn start(
+        map: ReferenceMap,
+        disks: Vec<DiskName>,
+        source_config: Config,
+        target_config: Config,
+    ) -> Self {
+        let [save, wire, restore, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+        let again = |stream: &UnixStream| stream.try_clone().unwrap();
+        let kept = (again(&wire.0), again(&wire.1), again(&side.0));
+        let target = TargetFilter::start(TargetParts {
+            from_wire: OwnedFd::from(wire.1),
+            to_restore: OwnedFd::from(restore.0),
+            side: Some(OwnedFd::from(side.1)),
+            config: target_config,
+        })
+        .unwrap();
+        let source = SourceFilter::start(SourceParts {
+            from_save: OwnedFd::from(save.1),
+            to_wire: OwnedFd::from(wire.0),
+            side: Some(OwnedFd::from(side.0)),
+            map,
+            disks,
+            config: source_config,
+        })
+        .unwrap();
+        Self {
+            save: save.0,
+            source,
+            target,
+            wire: (kept.0, kept.1),
+            side: kept.2,
+            restored: collect(restore.1),
+        }
+    }
+
+    /// With one disk, and both sides set up alike.
+    pub fn simple(map: ReferenceMap, disk: &tempfile::NamedTempFile, config: Config) -> Self {
+        let disks = vec![DiskName { vdev: Vdev(XVDA), path: disk.path().to_owned() }];
+        Self::start(map, disks, config.clone(), config)
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) {
+        self.save.write_all(bytes).unwrap();
+    }
+
+    /// The save has written all: waits for both filters, and looks at what is left on the wire.
+    pub fn finish(self) -> Outcome {
+        drop(self.save);
+        let source = self.source.finish();
+        let (mut wire_in, mut wire_out) = self.wire;
+        wire_in.write_all(AFTER_END).unwrap();
+        drop(wire_in);
+        let target = self.target.finish();
+        let mut left_on_wire = Vec::new();
+        wire_out.read_to_end(&mut left_on_wire).unwrap();
+        Outcome { source, target, stream: self.restored.join().unwrap(), left_on_wire }
+    }
+}
