@@ -2,6 +2,20 @@
 //!
 //! `dom0-migrator` is the save helper that libxl starts (`LIBXL_SAVE_HELPER`), and the two commands that migrate with it.
 //!
-//! * [`engine`]: what stands in the stream between libxenguest and the network.
+//! * [`helper`]: the save helper itself: libxl's messages on one side, libxenguest on the other;
+//! * [`engine`]: what stands in the stream between libxenguest and the network;
+//! * [`lists`], [`disks`]: what the guest tells of its pages, and where the domain's disks are;
+//! * [`command`]: `migrate` and `receive`, which run `xl` with this program as its helper; [`control`] is what they say to
+//!   each other, [`handoff`] what they say to the helpers, [`report`] what comes of it;
+//! * [`xen`], [`xenstore`]: Xen's libraries and its tree of values.
 
+pub mod command;
+pub mod control;
+pub mod disks;
 pub mod engine;
+pub mod handoff;
+pub mod helper;
+pub mod lists;
+pub mod report;
+pub mod xen;
+pub mod xenstore;

@@ -1,0 +1,175 @@
+//! TCP connections between the hosts.
+
+use std::io::{self, BufReader};
+use std::mem::MaybeUninit;
+use std::net::{TcpStream, ToSocketAddrs};
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::DEFAULT_PORT;
+use crate::control::{self, Connection, Greeting, LineError, Token, VERSION};
+
+/// How long a connection may take to be made.
+const CONNECT: Duration = Duration::from_secs(10);
+/// How long a silent connection is believed in: after this, probes; then the peer is taken for dead.
+const KEEPALIVE_IDLE_SECONDS: u32 = 20;
+
+/// `HOST` or `HOST:PORT` with a port.
+pub fn with_port(target: &str) -> String {
+    let has_port = match target.rsplit_once(':') {
+        Some((host, port)) => port.parse::<u16>().is_ok() && (!host.contains(':') || host.ends_with(']')),
+        None => false,
+    };
+    match (has_port, target.contains(':') && !target.starts_with('[')) {
+        (true, _) => target.to_owned(),
+        (false, true) => format!("[{target}]:{DEFAULT_PORT}"),
+        (false, false) => format!("{target}:{DEFAULT_PORT}"),
+    }
+}
+
+/// Connects and greets.
+///
+/// # Errors
+/// The last address's error.
+pub fn connect(target: &str, connection: Connection, token: &Token) -> Result<TcpStream, LineError> {
+    let mut last = io::Error::new(io::ErrorKind::NotFound, "no address of that name");
+    for address in target.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, CONNECT) {
+            Ok(mut stream) => {
+                prepare(&stream)?;
+                let greeting = Greeting { poolskip: VERSION, connection, token: token.clone() };
+                control::write_line(&mut stream, &greeting)?;
+                return Ok(stream);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last.into())
+}
+
+/// Sends without delay, and notices a peer that is gone.
+///
+/// # Errors
+/// What the system says.
+pub fn prepare(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_SECONDS)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &5)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &6)?;
+    Ok(())
+}
+
+/// A reader of lines beside the connection itself.
+///
+/// # Errors
+/// What the system says.
+pub fn reader(stream: &TcpStream) -> io::Result<BufReader<TcpStream>> {
+    Ok(BufReader::new(stream.try_clone()?))
+}
+
+/// Bytes that a connection has carried, as the kernel counts them: what the other side has acknowledged, and what came.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Carried {
+    /// To the other side.
+    pub sent: u64,
+    /// From the other side.
+    pub received: u64,
+}
+
+impl Carried {
+    /// Both directions.
+    pub fn total(self) -> u64 {
+        self.sent + self.received
+    }
+}
+
+/// Beginning of `struct tcp_info` (`linux/tcp.h`), whose fields never move; the C library's own ends before the counters.
+#[repr(C)]
+struct TcpInfo {
+    options: [u8; 8],
+    times_and_windows: [u32; 24],
+    pacing_rate: u64,
+    max_pacing_rate: u64,
+    bytes_acked: u64,
+    bytes_received: u64,
+}
+
+const _: () = assert!(std::mem::offset_of!(TcpInfo, bytes_acked) == 120);
+
+/// What a connection has carried.
+///
+/// # Errors
+/// What the kernel says, or that it is older than 4.1 and does not count.
+pub fn carried(stream: &TcpStream) -> io::Result<Carried> {
+    let mut info = MaybeUninit::<TcpInfo>::zeroed();
+    let mut length = size_of::<TcpInfo>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `length` bytes to the structure.
+    let done = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if done < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if (length as usize) < size_of::<TcpInfo>() {
+        return Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this kernel does not count a connection's bytes",
+        ));
+    }
+    // SAFETY: all of it is integers, zeroed or written by the kernel.
+    let info = unsafe { info.assume_init() };
+    // The kernel counts the connection's opening as one byte.
+    Ok(Carried { sent: info.bytes_acked.saturating_sub(1), received: info.bytes_received })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_port_is_added_where_there_is_none() {
+        assert_eq!(with_port("10.9.0.2"), "10.9.0.2:8002");
+        assert_eq!(with_port("10.9.0.2:9000"), "10.9.0.2:9000");
+        assert_eq!(with_port("host-b"), "host-b:8002");
+        assert_eq!(with_port("fd00::2"), "[fd00::2]:8002");
+        assert_eq!(with_port("[fd00::2]"), "[fd00::2]:8002");
+        assert_eq!(with_port("[fd00::2]:9000"), "[fd00::2]:9000");
+    }
+
+    #[test]
+    fn the_kernel_counts_what_goes_and_comes() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let token = Token::random().unwrap();
+        let far = std::thread::spawn(move || {
+            let (mut far, _) = listener.accept().unwrap();
+            let greeting = control::read_greeting(&mut far).unwrap();
+            far.write_all(&[0; 100]).unwrap();
+            let mut rest = Vec::new();
+            far.read_to_end(&mut rest).unwrap();
+            (greeting, rest.len())
+        });
+        let mut near = connect(&address, Connection::Side, &token).unwrap();
+        near.write_all(&[0; 3000]).unwrap();
+        near.read_exact(&mut [0; 100]).unwrap();
+        near.shutdown(std::net::Shutdown::Write).unwrap();
+        let (greeting, rest) = far.join().unwrap();
+        assert_eq!((greeting.connection, rest), (Connection::Side, 3000));
+        let greeted = serde_json::to_vec(&greeting).unwrap().len() as u64 + 1;
+        let carried = carried(&near).unwrap();
+        // The closing of a side counts as one byte more.
+        assert!((100..=101).contains(&carried.received), "{carried:?}");
+        assert!((3000 + greeted..=3001 + greeted).contains(&carried.sent), "{carried:?}");
+    }
+}

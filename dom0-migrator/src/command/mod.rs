@@ -1,0 +1,96 @@
+//! The commands.
+
+mod carry;
+mod child;
+mod connection;
+mod domain;
+mod follow;
+mod migrate;
+mod progress;
+mod receive;
+mod signals;
+mod summary;
+
+pub use summary::{Outcome, Summary};
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser};
+
+/// Exit code: the domain runs at the target.
+pub const EXIT_MIGRATED: u8 = 0;
+/// Exit code: the migration failed, and the domain runs on here.
+pub const EXIT_FAILED: u8 = 1;
+/// Exit code: nothing was begun (clap's own for a wrong command line, too).
+pub const EXIT_NOT_BEGUN: u8 = 2;
+/// Exit code: interrupted by a signal, and the domain runs on here.
+pub const EXIT_INTERRUPTED: u8 = 3;
+/// Exit code: the link broke in xl's last handshake; look at both hosts which of them runs the domain.
+pub const EXIT_UNDEFINED: u8 = 4;
+
+/// Port that `migrate` connects to when none is given.
+pub const DEFAULT_PORT: u16 = 8002;
+
+/// Live migration of Xen domains that sends references in place of pages which lie on shared storage.
+///
+/// Exit codes: 0 the domain runs at the target; 1 the migration failed and the domain runs on here; 2 nothing was begun;
+/// 3 interrupted, the domain runs on here; 4 the link broke in xl's last handshake: look at both hosts.
+#[derive(Debug, Parser)]
+#[command(name = "dom0-migrator", version)]
+pub enum Command {
+    /// Migrate a domain to a host where `receive` listens.
+    Migrate(Migrate),
+    /// Receive domains.
+    Receive(Receive),
+    /// Carry xl's stream to the network (started by xl for `migrate`).
+    #[command(hide = true)]
+    Carry,
+}
+
+/// Options of `migrate`.
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// Name or number of the domain.
+    pub domain: String,
+    /// Where `receive` listens: HOST or HOST:PORT (8002 when not given).
+    #[arg(value_name = "HOST[:PORT]")]
+    pub target: String,
+    /// Write the summary to a file, as JSON.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Send all memory once more at the end and compare it at the target; fail on any difference.
+    #[arg(long)]
+    pub debug: bool,
+    /// Send every page that is not zero: ask the guest for nothing.
+    #[arg(long)]
+    pub no_references: bool,
+    /// Run libxl's own helper on both sides, over the same connections, to compare with.
+    #[arg(long)]
+    pub stock: bool,
+    /// Seconds that the guest may take to publish its lists.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub wait_lists: u64,
+}
+
+/// Options of `receive`.
+#[derive(Debug, Args)]
+pub struct Receive {
+    /// Address and port to listen on. The network must be one that only the hosts share.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub listen: SocketAddr,
+    /// End after one migration; the exit code tells how it went.
+    #[arg(long)]
+    pub once: bool,
+}
+
+/// Does what the command line says.
+pub fn run(command: Command) -> ExitCode {
+    let code = match command {
+        Command::Migrate(options) => migrate::run(&options),
+        Command::Receive(options) => receive::run(&options),
+        Command::Carry => carry::run(),
+    };
+    ExitCode::from(code)
+}

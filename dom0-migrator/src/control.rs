@@ -1,0 +1,241 @@
+//! What `migrate` and `receive` say to each other.
+//!
+//! Three TCP connections carry one migration. Each begins with one line, the [`Greeting`], whose token says that they belong
+//! together; after it, the stream carries what xl and libxl write, and the side channel what the filters of the two helpers
+//! write ([`crate::engine::side_message`]). The control connection carries lines of JSON:
+//!
+//! ```text
+//! migrate                                  receive
+//!   │ ── control: Greeting ─────────────────►│
+//!   │ ── Start { domain, helper, debug } ───►│  is there a NAME--incoming already?
+//!   │ ◄──────────────── Ready | Refused ─────│
+//!   │ ── stream: Greeting, side: Greeting ──►│  starts xl migrate-receive on the stream
+//!   │            … the migration …           │
+//!   │ ◄──────────────────────── Finished ────│  xl is done, what it left behind is removed
+//! ```
+//!
+//! The token ties connections together; it keeps nobody out. Like xl's own stream, all of this belongs on a network that
+//! only the hosts share.
+
+use std::io::{self, BufRead, Read, Write};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::report::RestoreReport;
+
+/// Version of everything that the two commands say to each other. Another one is refused.
+pub const VERSION: u32 = 1;
+
+/// Longest line in bytes.
+pub const LINE_MAX: usize = 256 * 1024;
+/// Longest greeting: nothing that a stranger sends is kept beyond it.
+pub const GREETING_MAX: usize = 256;
+
+/// What ties the connections of a migration together.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Token(String);
+
+impl Token {
+    /// A token of 128 random bits.
+    ///
+    /// # Errors
+    /// When the system gives no random bytes.
+    pub fn random() -> io::Result<Self> {
+        let mut bytes = [0; 16];
+        std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        Ok(Self(bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
+    }
+}
+
+/// Which of the three connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Connection {
+    /// Lines of JSON.
+    Control,
+    /// What xl and libxl write.
+    Stream,
+    /// What the filters write.
+    Side,
+}
+
+/// First line of every connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Greeting {
+    /// [`VERSION`].
+    pub poolskip: u32,
+    /// Which connection it is.
+    pub connection: Connection,
+    /// Of which migration.
+    pub token: Token,
+}
+
+/// Which save helper runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum HelperKind {
+    /// This program.
+    Poolskip,
+    /// The one that libxl comes with.
+    Stock,
+}
+
+/// What the source says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromSource {
+    /// Begin.
+    Start {
+        /// Name of the domain.
+        domain: String,
+        /// The helper that both sides run.
+        helper: HelperKind,
+        /// Whether all pages are compared at the end.
+        debug: bool,
+    },
+}
+
+/// What the target says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromTarget {
+    /// The other connections may come.
+    Ready,
+    /// No.
+    Refused {
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// xl is done.
+    Finished(Box<TargetOutcome>),
+}
+
+/// How it ended at the target.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct TargetOutcome {
+    /// Whether the domain runs there.
+    pub started: bool,
+    /// What xl said last, when it failed.
+    pub error: Option<String>,
+    /// Whether a half-received domain was removed.
+    pub incoming_destroyed: bool,
+    /// What the helper reports; none from the stock helper.
+    pub restore: Option<RestoreReport>,
+    /// Lines of xl's log which say that a page differs: all that a comparison under the stock helper tells.
+    pub mismatch_lines: u64,
+}
+
+/// Why a line could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LineError {
+    /// The connection broke.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// The other side closed it.
+    #[error("the other side closed the connection")]
+    Closed,
+    /// Too long.
+    #[error("a line of more than {0} bytes")]
+    TooLong(usize),
+    /// Not what is said here.
+    #[error("a line that cannot be understood: {0}")]
+    Malformed(#[from] serde_json::Error),
+}
+
+/// Writes one line.
+///
+/// # Errors
+/// [`LineError::Io`].
+pub fn write_line(to: &mut impl Write, message: &impl Serialize) -> Result<(), LineError> {
+    let mut line = serde_json::to_vec(message)?;
+    line.push(b'\n');
+    to.write_all(&line)?;
+    to.flush()?;
+    Ok(())
+}
+
+/// Reads one line of at most [`LINE_MAX`] bytes.
+///
+/// # Errors
+/// [`LineError`].
+pub fn read_line<T: DeserializeOwned>(from: &mut impl BufRead) -> Result<T, LineError> {
+    let mut line = Vec::new();
+    from.take(LINE_MAX as u64).read_until(b'\n', &mut line)?;
+    match line.last() {
+        Some(b'\n') => Ok(serde_json::from_slice(&line)?),
+        Some(_) if line.len() >= LINE_MAX => Err(LineError::TooLong(LINE_MAX)),
+        _ => Err(LineError::Closed),
+    }
+}
+
+/// Reads a greeting and not a byte more: what follows it belongs to others.
+///
+/// # Errors
+/// [`LineError`].
+pub fn read_greeting(from: &mut impl Read) -> Result<Greeting, LineError> {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while line.len() < GREETING_MAX {
+        match from.read(&mut byte) {
+            Ok(0) => return Err(LineError::Closed),
+            Ok(_) if byte[0] == b'\n' => return Ok(serde_json::from_slice(&line)?),
+            Ok(_) => line.push(byte[0]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Err(LineError::TooLong(GREETING_MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_greeting_takes_no_byte_of_what_follows() {
+        let greeting =
+            Greeting { poolskip: VERSION, connection: Connection::Stream, token: Token::random().unwrap() };
+        let mut bytes = Vec::new();
+        write_line(&mut bytes, &greeting).unwrap();
+        assert!(bytes.len() <= GREETING_MAX);
+        bytes.extend(b"stream");
+        let mut rest = &bytes[..];
+        assert_eq!(read_greeting(&mut rest).unwrap(), greeting);
+        assert_eq!(rest, b"stream");
+    }
+
+    #[test]
+    fn tokens_differ() {
+        assert_ne!(Token::random().unwrap(), Token::random().unwrap());
+    }
+
+    #[test]
+    fn lines_come_one_by_one() {
+        let mut bytes = Vec::new();
+        write_line(&mut bytes, &FromTarget::Ready).unwrap();
+        let finished = FromTarget::Finished(Box::new(TargetOutcome { started: true, ..Default::default() }));
+        write_line(&mut bytes, &finished).unwrap();
+        let mut from = &bytes[..];
+        assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), FromTarget::Ready);
+        assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), finished);
+        assert!(matches!(read_line::<FromTarget>(&mut from), Err(LineError::Closed)));
+    }
+
+    #[test]
+    fn endless_lines_end() {
+        let mut endless = io::BufReader::new(io::repeat(b'x'));
+        assert!(matches!(read_line::<FromSource>(&mut endless), Err(LineError::TooLong(LINE_MAX))));
+        assert!(matches!(read_greeting(&mut endless), Err(LineError::TooLong(GREETING_MAX))));
+    }
+
+    proptest! {
+        #[test]
+        fn strangers_do_no_harm(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
+            let _ = read_greeting(&mut &bytes[..]);
+            let _ = read_line::<FromSource>(&mut &bytes[..]);
+            let _ = read_line::<FromTarget>(&mut &bytes[..]);
+        }
+    }
+}

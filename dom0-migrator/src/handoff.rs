@@ -1,0 +1,328 @@
+//! What `migrate` and `receive` hand to the processes that libxl and xl start for them, and hear back.
+//!
+//! Between the command and the save helper stand xl, libxl and, on the source, a shell. The environment goes through all of
+//! them, so it carries the path of a unix socket in a private directory ([`ENVIRONMENT`]); the helper connects, says who it is,
+//! and gets its [`Order`] with the sockets that belong to it. So no descriptor has to be inherited through xl, whose
+//! daemon would keep it open for as long as the domain lives.
+//!
+//! ```text
+//! helper                                   command
+//!   │ ── Event::Hello { role, domain } ──────►│
+//!   │ ◄──────────── Order, and its socket ────│
+//!   │ ── Event::… while it works ────────────►│
+//!   │ ── Event::Saved / Restored / Carried ──►│
+//!   │ ── closes ─────────────────────────────►│
+//! ```
+//!
+//! Messages are JSON, one packet each (`SOCK_SEQPACKET`).
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::{Path, PathBuf};
+
+use nix::sys::socket::{
+    self, AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::report::{CarriedReport, RestoreReport, SaveReport};
+use crate::xen::DomainId;
+
+/// Environment variable with the socket's path.
+pub const ENVIRONMENT: &str = "POOLSKIP_HANDOFF";
+
+/// Longest message in bytes: a report is a few kilobytes.
+const MESSAGE_MAX: usize = 128 * 1024;
+
+/// Who connects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// The save helper at the source.
+    Save,
+    /// The save helper at the target.
+    Restore,
+    /// What carries xl's stream to the network.
+    Carrier,
+}
+
+/// What a helper is to do. The socket that comes with it is the side channel (for a carrier, the stream).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Order {
+    /// Whether a socket comes with it.
+    pub socket: bool,
+    /// Source: whether pages may go by reference.
+    pub references: bool,
+    /// Source: how long the guest may take to publish its lists, in seconds.
+    pub wait_lists_seconds: u64,
+    /// Whether all pages are to be compared at the end. The target then fails when nothing was compared.
+    pub debug: bool,
+}
+
+/// What a helper says.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    /// Who it is; the first message.
+    Hello {
+        /// Its role.
+        role: Role,
+        /// The domain that it works on; a carrier does not know.
+        domain: Option<DomainId>,
+        /// Its process.
+        pid: u32,
+    },
+    /// How far a pass is.
+    Progress {
+        /// Passes begun.
+        round: u32,
+        /// Pages done in it.
+        done: u64,
+        /// Pages in it.
+        total: u64,
+    },
+    /// Something to be shown while it works.
+    Phase(String),
+    /// The source's helper is done.
+    Saved(Box<SaveReport>),
+    /// The target's helper is done.
+    Restored(Box<RestoreReport>),
+    /// The carrier is done.
+    Carried(CarriedReport),
+}
+
+/// Why the handoff failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoffError {
+    /// A system call failed.
+    #[error("{what} on the handoff socket: {source}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Not a message of ours.
+    #[error("handoff message cannot be understood: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// The other side closed it too early.
+    #[error("the handoff socket was closed before {0}")]
+    Closed(&'static str),
+    /// The order names a socket that did not come.
+    #[error("the order came without its socket")]
+    NoSocket,
+}
+
+fn io(what: &'static str) -> impl FnOnce(nix::Error) -> HandoffError {
+    move |error| HandoffError::Io { what, source: error.into() }
+}
+
+/// The command's end: a listening socket in a directory of its own, removed when dropped.
+#[derive(Debug)]
+pub struct Listener {
+    socket: OwnedFd,
+    path: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Listener {
+    /// Makes the directory and listens.
+    ///
+    /// # Errors
+    /// [`HandoffError::Io`].
+    pub fn bind() -> Result<Self, HandoffError> {
+        let directory = tempfile::Builder::new()
+            .prefix("poolskip-")
+            .tempdir()
+            .map_err(|source| HandoffError::Io { what: "private directory", source })?;
+        let path = directory.path().join("handoff");
+        let socket = packet_socket()?;
+        let address = UnixAddr::new(&path).map_err(io("address"))?;
+        socket::bind(socket.as_raw_fd(), &address).map_err(io("bind"))?;
+        socket::listen(&socket, Backlog::new(8).map_err(io("listen"))?).map_err(io("listen"))?;
+        Ok(Self { socket, path, _directory: directory })
+    }
+
+    /// The path for [`ENVIRONMENT`].
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Waits for a helper. Fails once [`close`](Self::close) was called.
+    ///
+    /// # Errors
+    /// [`HandoffError::Io`].
+    pub fn accept(&self) -> Result<Peer, HandoffError> {
+        let accepted =
+            socket::accept4(self.socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC).map_err(io("accept"))?;
+        // SAFETY: the kernel has just given us this descriptor.
+        Ok(Peer(unsafe { OwnedFd::from_raw_fd(accepted) }))
+    }
+
+    /// Ends a waiting [`accept`](Self::accept), now and later.
+    pub fn close(&self) {
+        let _ = socket::shutdown(self.socket.as_raw_fd(), socket::Shutdown::Both);
+    }
+}
+
+/// A message's bytes, and the descriptor that came with it.
+type Packet = (Vec<u8>, Option<OwnedFd>);
+
+/// One end of a connection.
+#[derive(Debug)]
+pub struct Peer(OwnedFd);
+
+impl Peer {
+    /// Connects to the command that set [`ENVIRONMENT`]; `None` when there is none, as when libxl runs under another toolstack.
+    ///
+    /// # Errors
+    /// [`HandoffError::Io`] when the command is gone.
+    pub fn from_environment() -> Result<Option<Self>, HandoffError> {
+        std::env::var_os(ENVIRONMENT).map(|path| Self::connect(Path::new(&path))).transpose()
+    }
+
+    /// Connects to a listener.
+    ///
+    /// # Errors
+    /// [`HandoffError::Io`].
+    pub fn connect(path: &Path) -> Result<Self, HandoffError> {
+        let socket = packet_socket()?;
+        let address = UnixAddr::new(path).map_err(io("address"))?;
+        socket::connect(socket.as_raw_fd(), &address).map_err(io("connect"))?;
+        Ok(Self(socket))
+    }
+
+    /// Says who we are and takes the order, with its socket.
+    ///
+    /// # Errors
+    /// [`HandoffError`].
+    pub fn introduce(
+        &self,
+        role: Role,
+        domain: Option<DomainId>,
+    ) -> Result<(Order, Option<OwnedFd>), HandoffError> {
+        self.tell(&Event::Hello { role, domain, pid: std::process::id() })?;
+        let (bytes, socket) = self.receive()?.ok_or(HandoffError::Closed("the order"))?;
+        let order: Order = serde_json::from_slice(&bytes)?;
+        if order.socket && socket.is_none() {
+            return Err(HandoffError::NoSocket);
+        }
+        Ok((order, socket))
+    }
+
+    /// Says something.
+    ///
+    /// # Errors
+    /// [`HandoffError`] when the command is gone.
+    pub fn tell(&self, event: &Event) -> Result<(), HandoffError> {
+        self.send(&serde_json::to_vec(event)?, None)
+    }
+
+    /// Gives an order, with its socket.
+    ///
+    /// # Errors
+    /// [`HandoffError`] when the helper is gone.
+    pub fn order(&self, order: &Order, socket: Option<&OwnedFd>) -> Result<(), HandoffError> {
+        self.send(&serde_json::to_vec(order)?, socket.map(AsRawFd::as_raw_fd))
+    }
+
+    /// Hears what the helper says; `None` when it is gone.
+    ///
+    /// # Errors
+    /// [`HandoffError`] for a message that cannot be understood.
+    pub fn hear(&self) -> Result<Option<Event>, HandoffError> {
+        Ok(match self.receive()? {
+            Some((bytes, _)) => Some(serde_json::from_slice(&bytes)?),
+            None => None,
+        })
+    }
+
+    fn send(&self, bytes: &[u8], descriptor: Option<RawFd>) -> Result<(), HandoffError> {
+        let descriptors: Vec<RawFd> = descriptor.into_iter().collect();
+        let control = [ControlMessage::ScmRights(&descriptors)];
+        let control = if descriptors.is_empty() { &control[..0] } else { &control[..] };
+        socket::sendmsg::<UnixAddr>(
+            self.0.as_raw_fd(),
+            &[IoSlice::new(bytes)],
+            control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .map(|_| ())
+        .map_err(io("send"))
+    }
+
+    fn receive(&self) -> Result<Option<Packet>, HandoffError> {
+        let mut bytes = vec![0; MESSAGE_MAX];
+        let mut control = nix::cmsg_space!([RawFd; 4]);
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let message = socket::recvmsg::<UnixAddr>(
+            self.0.as_fd().as_raw_fd(),
+            &mut parts,
+            Some(&mut control),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        )
+        .map_err(io("receive"))?;
+        let length = message.bytes;
+        let mut descriptors = Vec::new();
+        for part in message.cmsgs().map_err(io("receive"))? {
+            if let ControlMessageOwned::ScmRights(received) = part {
+                // SAFETY: the kernel has just given us these descriptors.
+                descriptors.extend(received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+            }
+        }
+        if length == 0 {
+            return Ok(None);
+        }
+        bytes.truncate(length);
+        Ok(Some((bytes, descriptors.into_iter().next())))
+    }
+}
+
+fn packet_socket() -> Result<OwnedFd, HandoffError> {
+    socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+        .map_err(io("socket"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn an_order_comes_with_its_socket() {
+        let listener = Listener::bind().unwrap();
+        let path = listener.path().to_owned();
+        let helper = std::thread::spawn(move || {
+            let peer = Peer::connect(&path).unwrap();
+            let (order, socket) = peer.introduce(Role::Save, Some(DomainId(4))).unwrap();
+            UnixStream::from(socket.unwrap()).write_all(b"through").unwrap();
+            peer.tell(&Event::Phase("done".into())).unwrap();
+            order
+        });
+        let (mut far, near) = UnixStream::pair().unwrap();
+        let peer = listener.accept().unwrap();
+        let hello = peer.hear().unwrap().unwrap();
+        assert!(matches!(hello, Event::Hello { role: Role::Save, domain: Some(DomainId(4)), .. }));
+        let order = Order { socket: true, references: true, wait_lists_seconds: 30, debug: false };
+        peer.order(&order, Some(&near.into())).unwrap();
+        let mut text = String::new();
+        far.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "through");
+        assert_eq!(peer.hear().unwrap(), Some(Event::Phase("done".into())));
+        assert_eq!(peer.hear().unwrap(), None);
+        assert_eq!(helper.join().unwrap(), order);
+    }
+
+    #[test]
+    fn closing_ends_the_waiting() {
+        let listener = Listener::bind().unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| listener.accept().is_err());
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            listener.close();
+            assert!(waiting.join().unwrap());
+        });
+    }
+}

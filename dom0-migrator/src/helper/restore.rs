@@ -1,0 +1,133 @@
+//! The target's helper.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::arguments::RestoreArguments;
+use super::channel::{Channel, ChannelError};
+use super::message::{Callback, CallbackSet, Message};
+use super::stream::LibraryEnd;
+use super::verify::VerifyWatch;
+use super::{HelperError, Libraries, complete, take_descriptor};
+use crate::engine::{Config, EngineError, TargetFilter, TargetParts};
+use crate::handoff::{Event, Order, Peer, Role};
+use crate::report::RestoreReport;
+use crate::xen::guest::{RestoreCallbacks, Restored};
+use crate::xen::logger::{Level, Sink};
+
+/// What a helper does that no command of ours has started: there is no side channel, and nothing is known of the source.
+const ALONE: Order = Order { socket: false, references: false, wait_lists_seconds: 0, debug: false };
+
+/// How long a filter may take to end once the library has.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Restores a domain and tells libxl and the command.
+pub fn run(arguments: &RestoreArguments, channel: &Arc<Channel>) -> Result<(), ChannelError> {
+    let started = Instant::now();
+    let mut report = RestoreReport::default();
+    let peer = Peer::from_environment()
+        .inspect_err(|error| channel.log(Level::WARN, &format!("{error}; going on without")))
+        .ok()
+        .flatten();
+    let result = restore(arguments, channel, peer.as_ref(), &mut report);
+    report.seconds = started.elapsed().as_secs_f64();
+    report.error = result.as_ref().err().map(ToString::to_string);
+    if let Some(peer) = &peer {
+        let _ = peer.tell(&Event::Restored(Box::new(report)));
+    }
+    let Restored { store_gfn, console_gfn } = *result.as_ref().unwrap_or(&Restored::default());
+    if arguments.callbacks.has(Callback::RestoreResults) {
+        channel.tell("the rings' frames", &Message::RestoreResults { store_gfn, console_gfn })?;
+    }
+    complete(channel, &result.map(|_| ()))
+}
+
+fn restore(
+    arguments: &RestoreArguments,
+    channel: &Arc<Channel>,
+    peer: Option<&Peer>,
+    report: &mut RestoreReport,
+) -> Result<Restored, HelperError> {
+    let wire = take_descriptor(arguments.io_fd)?;
+    let (library_end, filter_end) = LibraryEnd::pair()?;
+    let (order, side) = match peer.map(|peer| peer.introduce(Role::Restore, Some(arguments.domain))) {
+        Some(Ok(given)) => given,
+        Some(Err(error)) => {
+            channel.log(Level::WARN, &format!("{error}; going on without"));
+            (ALONE, None)
+        }
+        None => (ALONE, None),
+    };
+    let watch = Arc::new(VerifyWatch::new(channel.clone()));
+    let libraries = Libraries::open(watch.clone() as Arc<dyn Sink>)?;
+    let engine = TargetFilter::start(TargetParts {
+        from_wire: wire,
+        to_restore: filter_end,
+        side,
+        config: Config::default(),
+    })?;
+    let mut restorer = Restorer { channel: channel.clone(), callbacks: arguments.callbacks };
+    let restored = libraries.guest.restore(
+        &libraries.control,
+        library_end.as_fd(),
+        arguments.domain,
+        arguments.channels,
+        &mut restorer,
+    );
+    // A filter that still writes finds nobody there.
+    drop(library_end);
+    let finished = finish_soon(engine, report);
+    report.verified = watch.enabled();
+    report.verify_mismatches = watch.enabled().then(|| watch.mismatches());
+    let restored = match (restored, finished) {
+        (Ok(restored), Ok(())) => restored,
+        // Why the library found its stream cut short.
+        (_, Err(HelperError::Engine(error))) if !is_consequence(&error) => return Err(error.into()),
+        (Err(error), _) => return Err(error.into()),
+        (Ok(_), Err(error)) => return Err(error),
+    };
+    match watch.mismatches() {
+        0 if order.debug && !watch.enabled() => Err(HelperError::NotVerified),
+        0 => Ok(restored),
+        pages => Err(HelperError::Mismatch(pages)),
+    }
+}
+
+/// Whether a filter failed only because the library stopped reading.
+fn is_consequence(error: &EngineError) -> bool {
+    match error {
+        EngineError::Aborted | EngineError::Gone => true,
+        EngineError::Io { source, .. } => source.kind() == std::io::ErrorKind::BrokenPipe,
+        _ => false,
+    }
+}
+
+/// Waits for the filter, not for long: it has come to the end when the library has, or else is of no use any more.
+fn finish_soon(engine: TargetFilter, report: &mut RestoreReport) -> Result<(), HelperError> {
+    let deadline = Instant::now() + FAREWELL;
+    while !engine.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    report.engine = serde_json::to_value(engine.stats()).unwrap_or_default();
+    if !engine.is_finished() {
+        return Err(HelperError::Unfinished);
+    }
+    let summary = engine.finish()?;
+    report.engine = serde_json::to_value(&summary).unwrap_or_default();
+    Ok(())
+}
+
+/// Answers libxenguest.
+struct Restorer {
+    channel: Arc<Channel>,
+    callbacks: CallbackSet,
+}
+
+impl RestoreCallbacks for Restorer {
+    fn static_data_done(&mut self, missing: u32) -> i32 {
+        if !self.callbacks.has(Callback::StaticDataDone) {
+            return 0;
+        }
+        self.channel.ask("static data", &Message::StaticDataDone { missing }).unwrap_or(-1)
+    }
+}

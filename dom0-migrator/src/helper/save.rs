@@ -1,0 +1,279 @@
+//! The source's helper.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use enlightenment::Pfn;
+use enlightenment::xenstore::RequestKind;
+
+use super::arguments::SaveArguments;
+use super::channel::{Channel, ChannelError};
+use super::message::Message;
+use super::stream::{LibraryEnd, Terminated};
+use super::{HelperError, Libraries, complete, policy, take_descriptor};
+use crate::disks;
+use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts};
+use crate::handoff::{Event, Order, Peer, Role};
+use crate::lists::{self, Requester};
+use crate::report::SaveReport;
+use crate::xen::DomainId;
+use crate::xen::guest::{Precopy, PrecopyStats, SaveCallbacks};
+use crate::xen::logger::{Level, Sink};
+use crate::xenstore::Xenstore;
+
+/// What a helper does that no command of ours has started: it takes zero pages out of nothing, since there is no side channel,
+/// and is otherwise libxl's own.
+const ALONE: Order = Order { socket: false, references: false, wait_lists_seconds: 0, debug: false };
+
+/// How long a filter may take to end after a save that failed; its way to the target may be blocked.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Saves a domain and tells libxl and the command.
+pub fn run(arguments: &SaveArguments, channel: &Arc<Channel>) -> Result<(), ChannelError> {
+    let started = Instant::now();
+    let mut report = SaveReport::default();
+    let peer = Peer::from_environment()
+        .inspect_err(|error| channel.log(Level::WARN, &format!("{error}; a plain migration follows")))
+        .ok()
+        .flatten()
+        .map(Arc::new);
+    let result = save(arguments, channel, peer.as_ref(), &mut report);
+    report.seconds = started.elapsed().as_secs_f64();
+    report.error = result.as_ref().err().map(ToString::to_string);
+    if let Some(peer) = &peer {
+        let _ = peer.tell(&Event::Saved(Box::new(report)));
+    }
+    complete(channel, &result)
+}
+
+fn save(
+    arguments: &SaveArguments,
+    channel: &Arc<Channel>,
+    peer: Option<&Arc<Peer>>,
+    report: &mut SaveReport,
+) -> Result<(), HelperError> {
+    let domain = arguments.domain;
+    let wire = take_descriptor(arguments.io_fd)?;
+    let (library_end, filter_end) = LibraryEnd::pair()?;
+    let terminated = library_end.end_on_sigterm()?;
+    let (order, side) = match peer.map(|peer| peer.introduce(Role::Save, Some(domain))) {
+        Some(Ok(given)) => given,
+        Some(Err(error)) => {
+            channel.log(Level::WARN, &format!("{error}; a plain migration follows"));
+            (ALONE, None)
+        }
+        None => (ALONE, None),
+    };
+    let round = Arc::new(AtomicU32::new(0));
+    let sink = Arc::new(Progress { channel: channel.clone(), peer: peer.cloned(), round: round.clone() });
+    let libraries = Libraries::open(sink)?;
+    let mut hints = Hints::take(domain, &order, side.is_some(), &libraries, channel, peer, report);
+    let engine = SourceFilter::start(SourceParts {
+        from_save: filter_end,
+        to_wire: wire,
+        side,
+        map: hints.map.take().unwrap_or_else(|| ReferenceMap::new(Pfn(0))),
+        disks: std::mem::take(&mut hints.disks),
+        config: Config { references: order.references, ..Config::default() },
+    })?;
+    hints.tell(RequestKind::Begun);
+    let mut saver = Saver { channel: channel.clone(), engine, terminated: terminated.clone(), round };
+    let saved =
+        libraries.guest.save(&libraries.control, library_end.as_fd(), domain, arguments.flags, &mut saver);
+    // The end of the stream for the filter; the thread that waits for SIGTERM keeps a copy, so it is said aloud.
+    library_end.close();
+    let finished = if saved.is_ok() { saver.engine.finish() } else { finish_soon(saver.engine, report) };
+    if let Ok(summary) = &finished {
+        report.count(summary);
+    }
+    let result = match (saved, finished) {
+        (Ok(()), Ok(_)) => Ok(()),
+        // A filter that failed is why the library's writing failed, unless there was a signal.
+        _ if terminated.get() => Err(HelperError::Terminated),
+        (Ok(()) | Err(_), Err(error)) if !is_consequence(&error) => Err(error.into()),
+        (Err(error), _) => Err(error.into()),
+        (Ok(()), Err(error)) => Err(error.into()),
+    };
+    if result.is_err() {
+        hints.tell(RequestKind::Ended);
+    }
+    result
+}
+
+/// Whether a filter failed only because the library stopped writing.
+fn is_consequence(error: &crate::engine::EngineError) -> bool {
+    use crate::engine::EngineError;
+    matches!(error, EngineError::Truncated { .. } | EngineError::Aborted | EngineError::Gone)
+}
+
+/// Ends a filter after a save that failed, without waiting for long; what it counted by then is in the report.
+fn finish_soon(
+    engine: SourceFilter,
+    report: &mut SaveReport,
+) -> Result<crate::engine::SourceSummary, crate::engine::EngineError> {
+    engine.abort();
+    let deadline = Instant::now() + FAREWELL;
+    while !engine.is_finished() && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let summary = crate::engine::SourceSummary { stats: engine.stats(), ..Default::default() };
+    report.count(&summary);
+    if engine.is_finished() { engine.finish() } else { Err(crate::engine::EngineError::Aborted) }
+}
+
+/// What the guest told, and the way to tell it how the migration goes.
+struct Hints {
+    requester: Option<Requester<Xenstore>>,
+    map: Option<ReferenceMap>,
+    disks: Vec<crate::engine::DiskName>,
+}
+
+impl Hints {
+    /// Asks the guest; whatever goes wrong is said, and means a migration without references.
+    fn take(
+        domain: DomainId,
+        order: &Order,
+        side: bool,
+        libraries: &Libraries,
+        channel: &Channel,
+        peer: Option<&Arc<Peer>>,
+        report: &mut SaveReport,
+    ) -> Self {
+        let mut hints = Self { requester: None, map: None, disks: Vec::new() };
+        if !side || !order.references {
+            report.lists_problem = Some("references were not asked for".into());
+            return hints;
+        }
+        if let Some(peer) = peer {
+            let _ = peer.tell(&Event::Phase("waiting for the guest's lists".into()));
+        }
+        match hints.try_take(domain, order, libraries) {
+            Ok(lists) => {
+                let counts = format!(
+                    "lists of generation {}: {} pages of {} frames read and {} written, {} disks",
+                    lists.generation,
+                    lists.pages_listed,
+                    lists.frames_read,
+                    lists.frames_written,
+                    hints.disks.len()
+                );
+                channel.log(Level::INFO, &counts);
+                report.lists = Some(lists);
+            }
+            Err(problem) => {
+                channel.log(Level::WARN, &format!("{problem}; the migration goes on without references"));
+                report.lists_problem = Some(problem);
+            }
+        }
+        hints
+    }
+
+    fn try_take(
+        &mut self,
+        domain: DomainId,
+        order: &Order,
+        libraries: &Libraries,
+    ) -> Result<lists::ListsReport, String> {
+        let mut store = Xenstore::open().map_err(|error| error.to_string())?;
+        self.disks = disks::of_domain(&mut store, domain).map_err(|error| error.to_string())?;
+        let requester = self.requester.insert(Requester::new(store, domain));
+        let patience = Duration::from_secs(order.wait_lists_seconds);
+        let lists = lists::take(requester, &libraries.control, &libraries.guest, domain, patience)
+            .map_err(|error| error.to_string())?;
+        self.map = Some(lists.map);
+        Ok(lists.report)
+    }
+
+    /// Tells the guest, if it was asked.
+    fn tell(&mut self, kind: RequestKind) {
+        if let Some(requester) = &mut self.requester
+            && let Err(error) = requester.tell(kind)
+        {
+            tracing::warn!(%error, "the guest was not told");
+        }
+    }
+}
+
+/// Answers libxenguest.
+struct Saver {
+    channel: Arc<Channel>,
+    engine: SourceFilter,
+    terminated: Terminated,
+    round: Arc<AtomicU32>,
+}
+
+impl Saver {
+    fn enter_round(&self, round: u32) {
+        self.round.store(round + 1, Ordering::Relaxed);
+        self.engine.enter_round(round);
+    }
+}
+
+impl SaveCallbacks for Saver {
+    fn suspend(&mut self) -> i32 {
+        let suspended = self.channel.ask("suspend", &Message::Suspend).unwrap_or_else(|error| {
+            tracing::error!(%error, "cannot suspend");
+            0
+        });
+        if suspended != 0 {
+            self.engine.suspended();
+            self.enter_round(self.round.load(Ordering::Relaxed));
+        }
+        suspended
+    }
+
+    fn precopy_policy(&mut self, stats: PrecopyStats) -> Precopy {
+        if self.terminated.get() || self.engine.is_finished() {
+            return Precopy::Abort;
+        }
+        let decision = policy::stock(stats);
+        if stats.dirty_count > 0 {
+            self.enter_round(stats.iteration);
+        }
+        if decision == Precopy::StopAndCopy {
+            // Nothing may wait for storage while the domain is suspended.
+            match self.engine.drain() {
+                Ok(drained) => self.channel.log(
+                    Level::INFO,
+                    &format!(
+                        "drained in {:.2} s: {} references outstanding, {} accepted, {} refused, {} replaced",
+                        drained.seconds,
+                        drained.outstanding,
+                        drained.accepted,
+                        drained.refused,
+                        drained.replaced
+                    ),
+                ),
+                Err(_) => return Precopy::Abort,
+            }
+        }
+        decision
+    }
+
+    fn switch_qemu_logdirty(&mut self, domain: DomainId, enable: bool) -> i32 {
+        let message = Message::SwitchQemuLogdirty { domain, enable };
+        self.channel.ask("the device model's log", &message).unwrap_or(-1)
+    }
+}
+
+/// Hands the library's messages to libxl, and its progress to the command too.
+struct Progress {
+    channel: Arc<Channel>,
+    peer: Option<Arc<Peer>>,
+    round: Arc<AtomicU32>,
+}
+
+impl Sink for Progress {
+    fn message(&self, level: Level, errno: i32, context: &str, text: &str) {
+        self.channel.message(level, errno, context, text);
+    }
+
+    fn progress(&self, context: &str, doing: &str, done: u64, total: u64) {
+        self.channel.progress(context, doing, done, total);
+        if let Some(peer) = &self.peer {
+            let round = self.round.load(Ordering::Relaxed);
+            let _ = peer.tell(&Event::Progress { round, done, total });
+        }
+    }
+}
