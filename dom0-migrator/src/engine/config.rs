@@ -26,7 +26,8 @@ pub struct Config {
     pub reference_passes: u32,
     /// Source: how long [`SourceFilter::drain`](super::SourceFilter::drain) waits before it sends retained pages raw.
     pub drain_timeout: Duration,
-    /// Both: how long the first exchange on the side channel may take.
+    /// Source: how long the target may take to answer the hello. The target waits for the hello as long as the stream lasts,
+    /// since the source may first wait for the guest's lists.
     pub hello_timeout: Duration,
     /// Target: threads that read disks.
     pub readers: usize,
@@ -50,7 +51,7 @@ impl Default for Config {
             references: true,
             reference_passes: 1,
             drain_timeout: Duration::from_secs(30),
-            hello_timeout: Duration::from_secs(10),
+            hello_timeout: Duration::from_secs(30),
             readers: 4,
             read_bytes: 1 << 20,
             in_flight_bytes: 64 << 20,

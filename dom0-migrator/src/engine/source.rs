@@ -594,6 +594,9 @@ impl Filter {
     fn page_data(&mut self, header: RecordHeader) -> Result<(), EngineError> {
         let padded = header.padded() as usize;
         if padded > MAX_PAGE_DATA {
+            if self.mode == Mode::PassThrough {
+                return self.copy_record(header);
+            }
             let (length, expected) = (u64::from(header.length), MAX_PAGE_DATA as u64);
             return Err(header.error(StreamProblem::Length { length, expected }));
         }

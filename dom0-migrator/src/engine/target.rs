@@ -8,6 +8,9 @@
 //! its PFN. What a reader brings is handed on only if the table still holds that very number for that PFN; so a load that
 //! comes late never overwrites anything, and a verdict is given only once the page is in libxenguest's pipe. A refused
 //! reference stays in the table too: memory is not whole until its page has come.
+//!
+//! For PVH and HVM guests an entry "allocate only" (XALLOC) goes ahead of a held page: newer versions of libxenguest build 2 MiB
+//! superpages out of PFNs that come in order in the first pass, and would find holes otherwise.
 
 use std::collections::HashMap;
 use std::io::{IoSlice, Read as _};
@@ -30,8 +33,8 @@ use super::restorer::{Batch, Key, Restorer, Wanted};
 use super::side_message::{Answer, Hello, MAX_VERDICTS, Refusal, Verdicts};
 use super::summary::{DiskSummary, RefusalCounts, TargetStats, TargetSummary};
 use super::xen_stream::{
-    DOMAIN_HEADER, Entry, IMAGE_HEADER, MAX_PAGE_DATA, MAX_RECORD, NOTAB, PAGE, PAGE_DATA_HEAD, PageData,
-    RECORD_HEADER, RecordHeader, ZERO_PAGE, check_headers, record,
+    DOMAIN_HEADER, DOMAIN_HVM, Entry, IMAGE_HEADER, MAX_PAGE_DATA, MAX_RECORD, NOTAB, PAGE, PAGE_DATA_HEAD,
+    PageData, RECORD_HEADER, RecordHeader, XALLOC, ZERO_PAGE, check_headers, domain_type, record,
 };
 
 /// How long the writer of verdicts may be blocked: a source that does not read them for so long is gone.
@@ -78,6 +81,7 @@ impl TargetFilter {
             ringer: ringer.clone(),
             aborted: Arc::clone(&aborted),
             phase: Phase::Memory,
+            placeholders: false,
             side,
             session: None,
             held: HashMap::new(),
@@ -96,7 +100,7 @@ impl TargetFilter {
                 filter.publish();
                 let poolskip = filter.session.take().is_some();
                 if let Some(side) = filter.side.take() {
-                    side.close(result.is_ok());
+                    side.close(poolskip && result.is_ok());
                 }
                 let summary = TargetSummary { stats: filter.stats, poolskip, disks: filter.disks };
                 result.map(|()| summary)
@@ -150,7 +154,6 @@ struct Side {
     verdicts: Sender<Vec<Verdict>>,
     lost: Arc<AtomicBool>,
     socket: UnixStream,
-    threads: [JoinHandle<()>; 1],
 }
 
 impl Side {
@@ -163,23 +166,22 @@ impl Side {
         let (verdicts, verdicts_rx) = unbounded();
         let lost = Arc::new(AtomicBool::new(false));
         let (config, ringer, lost_flag) = (config.clone(), ringer.clone(), Arc::clone(&lost));
-        let thread = std::thread::Builder::new().name("target-side".into()).spawn(move || {
+        std::thread::Builder::new().name("target-side".into()).spawn(move || {
             if let Err(error) = serve(serving, &config, &agreed_tx, &verdicts_rx, &lost_flag, &ringer) {
                 tracing::warn!(%error, "side channel lost");
             }
             lost_flag.store(true, Ordering::Release);
             ringer.ring();
         })?;
-        Ok(Self { agreed, verdicts, lost, socket, threads: [thread] })
+        Ok(Self { agreed, verdicts, lost, socket })
     }
 
+    /// Ends the threads, and does not wait for them: nothing depends on them any more, since a source that has come to END
+    /// has had every verdict that it needed. In peace what is still queued is sent first.
     fn close(self, in_peace: bool) {
         drop(self.verdicts);
         if !in_peace {
             let _ = self.socket.shutdown(Shutdown::Both);
-        }
-        for thread in self.threads {
-            let _ = thread.join();
         }
     }
 }
@@ -194,7 +196,6 @@ fn serve(
     ringer: &Ringer,
 ) -> Result<(), SideError> {
     let failed = |what| move |source| SideError::Io { what, source };
-    socket.set_read_timeout(Some(config.hello_timeout)).map_err(failed("setting a timeout"))?;
     socket.set_write_timeout(Some(VERDICT_TIMEOUT)).map_err(failed("setting a timeout"))?;
     let hello = Hello::read(&mut socket)?;
     let max_outstanding = hello.window_pages.min(config.max_outstanding);
@@ -213,7 +214,6 @@ fn serve(
     // The filter must have it before the source can send the first memory record.
     let _ = agreed.send(Agreed { key: hello.key, max_outstanding, disks, summaries });
     answer.write(&mut socket)?;
-    socket.set_read_timeout(None).map_err(failed("setting a timeout"))?;
 
     // The source says nothing more; what a read brings is the end.
     let mut incoming = socket.try_clone().map_err(failed("copying the descriptor"))?;
@@ -314,6 +314,7 @@ struct Filter {
     ringer: Ringer,
     aborted: Arc<AtomicBool>,
     phase: Phase,
+    placeholders: bool,
     side: Option<Side>,
     session: Option<Session>,
     held: HashMap<u64, Held>,
@@ -332,6 +333,7 @@ impl Filter {
         self.input.read_exact(&mut headers, "the image and domain headers")?;
         check_headers(&headers).map_err(EngineError::Header)?;
         self.output.write_all(&headers)?;
+        self.placeholders = domain_type(&headers) == DOMAIN_HVM;
         loop {
             self.wait_for_input()?;
             let offset = self.input.offset();
@@ -587,6 +589,9 @@ impl Filter {
                         let offset = offset + (index * PAGE) as u64;
                         let number = self.next_number;
                         self.next_number += 1;
+                        if self.placeholders {
+                            out.push(Entry { pfn: entry.pfn, page_type: XALLOC }, None);
+                        }
                         let refused = self.hold(header, entry.pfn, number, disk, offset)?;
                         match refused {
                             Some(reason) => verdicts.push((number, Err(reason))),

@@ -44,6 +44,10 @@ pub mod record {
 
 /// Type of an ordinary page.
 pub const NOTAB: u8 = 0;
+/// Type of a page that is to be allocated, and whose contents do not come with the entry.
+pub const XALLOC: u8 = 14;
+/// Domain type of PVH and HVM guests.
+pub const DOMAIN_HVM: u32 = 2;
 
 /// Whether libxc knows the page type.
 pub fn is_known_type(page_type: u8) -> bool {
@@ -95,6 +99,11 @@ pub fn check_headers(bytes: &[u8; IMAGE_HEADER + DOMAIN_HEADER]) -> Result<(), H
         return Err(HeaderProblem::PageShift(page_shift));
     }
     Ok(())
+}
+
+/// The domain header's type.
+pub fn domain_type(headers: &[u8; IMAGE_HEADER + DOMAIN_HEADER]) -> u32 {
+    u32_at(headers, IMAGE_HEADER).unwrap_or(0)
 }
 
 /// A record's header, and where it stood.

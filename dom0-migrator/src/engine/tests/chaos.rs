@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 
-use super::guest_stream::{Sent, beginning, disk_page, ending, other_page, page_data, record, restore};
+use super::guest_stream::{
+    Sent, beginning, beginning_pvh, disk_page, ending, other_page, page_data, record, restore,
+};
 use super::pair::{AFTER_END, Pair, config, disk, map};
 use crate::engine::Config;
 use crate::engine::xen_stream::{PAGE, record as kinds};
@@ -48,6 +50,7 @@ struct Plan {
     passes: u32,
     drain_timeout: Duration,
     verify: bool,
+    pvh: bool,
 }
 
 fn content() -> impl Strategy<Value = Content> {
@@ -80,10 +83,10 @@ prop_compose! {
         window_pages in prop_oneof![Just(0_u64), 1_u64..16, Just(1000)],
         passes in prop_oneof![3 => Just(1_u32), 2 => Just(10)],
         no_patience in proptest::bool::weighted(0.2),
-        verify in any::<bool>(),
+        (verify, pvh) in any::<(bool, bool)>(),
     ) -> Plan {
         let drain_timeout = if no_patience { Duration::ZERO } else { Duration::from_secs(20) };
-        Plan { hints, first, later, batch, events, window_pages, passes, drain_timeout, verify }
+        Plan { hints, first, later, batch, events, window_pages, passes, drain_timeout, verify, pvh }
     }
 }
 
@@ -114,7 +117,7 @@ fn run(plan: &Plan) -> Result<(), TestCaseError> {
         let ascending: std::collections::BTreeMap<_, _> = pass.iter().copied().collect();
         passes.push(ascending.into_iter().map(|(pfn, content)| sent(pfn, content, plan)).collect());
     }
-    let mut stream = beginning();
+    let mut stream = if plan.pvh { beginning_pvh() } else { beginning() };
     pair.write(&stream);
     let (mut step, mut referenced_at_drain) = (0, None);
     for (round, pass) in passes.iter().enumerate() {

@@ -74,6 +74,17 @@ pub fn beginning() -> Vec<u8> {
     out
 }
 
+/// The same for a PVH guest: no X86_PV_INFO, no P2M_FRAMES.
+pub fn beginning_pvh() -> Vec<u8> {
+    let mut out = beginning();
+    out.truncate(40);
+    out[24] = 2;
+    for (kind, length) in [(0x11, 24 * 30), (0x12, 33), (0x10, 0)] {
+        out.extend(record(kind, &vec![kind as u8; length]));
+    }
+    out
+}
+
 /// What follows memory: TSC_INFO, SHARED_INFO, the VCPU's records, END.
 pub fn ending() -> Vec<u8> {
     [(8, 24), (7, 4096), (4, 5168), (5, 128), (6, 841), (record::END, 0)]

@@ -4,9 +4,11 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use super::guest_stream::{Sent, beginning, disk_page, ending, other_page, page_data, record, restore};
+use super::guest_stream::{
+    Sent, beginning, beginning_pvh, disk_page, ending, other_page, page_data, record, restore,
+};
 use super::pair::{AFTER_END, Pair, config, disk, map};
-use crate::engine::xen_stream::{PAGE, record as kinds};
+use crate::engine::xen_stream::{PAGE, PageData, XALLOC, record as kinds};
 use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts};
 
 /// 64 pages: zeros, pages on the disk, others, page tables, unpopulated ones.
@@ -233,4 +235,25 @@ fn an_empty_map_and_no_disk_still_save_zeros() {
     let outcome = pair.finish();
     assert_eq!(restore(&outcome.stream), restore(&stream));
     assert_eq!(outcome.source.unwrap().stats.pages_zero, 8);
+}
+
+/// libxenguest populates 2 MiB at once only for PFNs that come in order, so held pages must not leave holes.
+#[test]
+fn pvh_pages_are_allocated_in_order_before_they_are_loaded() {
+    let disk = disk(64);
+    let mut pair = Pair::simple(map((8..24).map(|pfn| (pfn, pfn))), &disk, config());
+    let pass: Vec<_> = (0..32).map(|pfn| Sent::page(pfn, disk_page(pfn))).collect();
+    let mut stream = beginning_pvh();
+    let memory = stream.len();
+    stream.extend(page_data(&pass));
+    stream.extend(ending());
+    pair.write(&stream);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    let record = &outcome.stream[memory..];
+    let length = u32::from_le_bytes(record[4..8].try_into().unwrap()) as usize;
+    let entries: Vec<_> = PageData::parse(&record[8..8 + length]).unwrap().entries().collect();
+    assert!(entries.iter().map(|entry| entry.pfn).eq(0..32));
+    assert!(entries.iter().all(|entry| (entry.page_type == XALLOC) == (8..24).contains(&entry.pfn)));
+    assert_eq!(outcome.source.unwrap().stats.references_accepted, 16);
 }
