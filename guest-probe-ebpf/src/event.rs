@@ -54,6 +54,19 @@ impl EventKind {
         Self::Resize,
     ];
 
+    /// A word for it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::ReadComplete => "read",
+            Self::Create => "create",
+            Self::Dirty => "dirty",
+            Self::Clean => "clean",
+            Self::Free => "free",
+            Self::FileOpen => "file_open",
+            Self::Resize => "resize",
+        }
+    }
+
     /// The kind with this number, if there is one.
     pub const fn from_u32(value: u32) -> Option<Self> {
         match value {

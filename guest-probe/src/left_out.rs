@@ -1,0 +1,68 @@
+//! Why a frame is in neither list.
+
+use serde::{Deserialize, Serialize};
+
+/// A reason. When in doubt a page is sent: that costs four packets, not a bug.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LeftOut {
+    /// It has changes that are not on disk.
+    Dirty,
+    /// A read or a write is under way.
+    IoPending,
+    /// A thread uses the page: a change may be half done.
+    InUse,
+    /// The frame table has another page there, or none: an event is on its way.
+    TableDiffers,
+    /// The page is of a dropped or truncated tablespace.
+    Stale,
+    /// A temporary tablespace.
+    Temporary,
+    /// Compressed by row format.
+    Compressed,
+    /// Encrypted.
+    Encrypted,
+    /// No file, or two, hold the tablespace.
+    NoFile,
+    /// Its file has another name since the last scan.
+    FileGone,
+    /// Its file is too short, or it lies in a further file of the tablespace.
+    BeyondFile,
+    /// It does not lie on disk as a whole.
+    Hole,
+    /// Its bytes lie behind the disk's end.
+    BeyondDisk,
+    /// None of its guest pages lies in one piece.
+    Misaligned,
+    /// The file system does not tell where its files lie.
+    Unmappable,
+    /// The file system lies on no disk of its own.
+    NoDisk,
+    /// The disk is none of Xen's.
+    NotXen,
+}
+
+impl LeftOut {
+    /// The reason for people.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Dirty => "dirty",
+            Self::IoPending => "being read or written",
+            Self::InUse => "in use by a thread",
+            Self::TableDiffers => "an event is on its way",
+            Self::Stale => "of a dropped or truncated table",
+            Self::Temporary => "temporary",
+            Self::Compressed => "compressed on disk",
+            Self::Encrypted => "encrypted on disk",
+            Self::NoFile => "no file, or more than one, has the tablespace",
+            Self::FileGone => "the file has another name now",
+            Self::BeyondFile => "behind the file's end",
+            Self::Hole => "not on disk as a whole",
+            Self::BeyondDisk => "behind the disk's end",
+            Self::Misaligned => "in pieces smaller than a guest page",
+            Self::Unmappable => "the file system does not tell where",
+            Self::NoDisk => "on no disk of its own",
+            Self::NotXen => "on a disk that is none of Xen's",
+        }
+    }
+}

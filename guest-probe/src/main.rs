@@ -1,0 +1,121 @@
+//! `guest-probe`: the command line. Everything else is in the library.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use guest_probe::device::ModuleDevice;
+use guest_probe::report;
+use guest_probe::service::{self, Ended};
+use guest_probe::session::Options;
+use guest_probe::status;
+use guest_probe::storage_map::DiskRule;
+
+/// Exit code of `run` when mysqld has ended.
+const MYSQLD_GONE: u8 = 3;
+
+/// Tells the host which frames of a running mysqld's buffer pool lie on disk, and where.
+///
+/// mysqld is neither restarted nor configured: its functions are probed by eBPF and its memory is read. Needs root, Linux
+/// 5.8 or later, and a build of mysqld that it knows.
+#[derive(Parser)]
+#[command(name = "guest-probe", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Attach to mysqld, keep its frame table, and answer dom0's requests with lists; runs until SIGTERM or SIGINT
+    ///
+    /// Exit codes: 0 after a signal, 1 after an error, 3 when mysqld has ended (start it again then; lists are withdrawn).
+    /// RUST_LOG=debug says more on stderr.
+    Run {
+        /// The mysqld to attach to; needed when more than one runs
+        #[arg(long, value_name = "N")]
+        pid: Option<i32>,
+        /// The kernel module's device
+        #[arg(long, value_name = "PATH", default_value = enlightenment::device::DEVICE_PATH)]
+        device: PathBuf,
+        /// Where `status` asks
+        #[arg(long, value_name = "PATH", default_value = status::SOCKET_PATH)]
+        socket: PathBuf,
+        /// Let the kernel count the runs of the eBPF programs and their time, for `status`
+        #[arg(long)]
+        statistics: bool,
+        /// TEST AID: publish about one hint in four wrong, the same ones for the same seed
+        #[arg(long, value_name = "SEED")]
+        wrong_hints: Option<u64>,
+    },
+    /// Show what a running guest-probe knows and has published
+    Status {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// Where `run` listens
+        #[arg(long, value_name = "PATH", default_value = status::SOCKET_PATH)]
+        socket: PathBuf,
+    },
+    /// Show what would be listed at this moment, on any disk, without attaching anything
+    Snapshot {
+        /// The mysqld to look at; needed when more than one runs
+        #[arg(long, value_name = "N")]
+        pid: Option<i32>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")))
+        .init();
+    match run(Cli::parse().command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("guest-probe: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Run { pid, device, socket, statistics, wrong_hints } => {
+            let options = Options { pid, wrong_hints, rule: DiskRule::Xen, ..Options::default() };
+            let mut device = ModuleDevice::open(&device)?;
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let runtime = runtime.context("cannot start the runtime")?;
+            match runtime.block_on(service::serve(&options, &mut device, &socket, statistics))? {
+                Ended::BySignal => Ok(ExitCode::SUCCESS),
+                Ended::MysqldGone => {
+                    eprintln!("guest-probe: mysqld has ended; its lists are withdrawn");
+                    Ok(ExitCode::from(MYSQLD_GONE))
+                }
+            }
+        }
+        Command::Status { json, socket } => {
+            let status = status::ask(&socket)?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&status)?);
+            } else {
+                println!("{status}");
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Snapshot { pid, json } => {
+            let report = report::report(pid)?;
+            if json {
+                println!("{}", serde_json::to_string_pretty(&report)?);
+            } else {
+                print!("{report}");
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
