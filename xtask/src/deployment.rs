@@ -1,0 +1,202 @@
+//! Poolskip's own programs, built and put into a running lab: nothing that runs there is restarted for it.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::build::{ebpf, module};
+use crate::lab::{self, Host, Lab};
+use crate::step::{run, step};
+
+/// Where `dom0-migrator` lies in both hosts.
+pub const MIGRATOR: &str = "/usr/local/bin/dom0-migrator";
+/// Where the probe lies in the guest.
+const PROBE: &str = "/usr/local/bin/guest-probe";
+/// Where the ticker lies in the guest.
+const TICKER: &str = "/usr/local/bin/guest-ticker";
+/// The module in the guest.
+const MODULE: &str = "/root/poolskip.ko";
+
+/// Generous limit for one command in an emulated machine.
+pub const LIMIT: Duration = Duration::from_secs(300);
+
+/// Files to be put into the lab.
+pub struct Deployment {
+    migrator: PathBuf,
+    probe: PathBuf,
+    ticker: PathBuf,
+    module: PathBuf,
+}
+
+impl Deployment {
+    /// Builds all that the lab's machines run.
+    ///
+    /// # Errors
+    /// When something does not compile, or a built object in the tree does not belong to its sources.
+    pub fn build() -> Result<Self> {
+        ebpf::check()?;
+        module::check()?;
+        let release = lab::guest_kernel_release()?;
+        let headers = lab::kernel_headers()?;
+        let module =
+            step(&format!("linking the kernel module for {release}"), || module::link(&headers, &release))?;
+        let target = step("building guest-probe, dom0-migrator and the ticker (release)", || {
+            run(cargo().args(["build", "--locked", "--release"]).args([
+                "--package=guest-probe",
+                "--package=dom0-migrator",
+                "--package=tests",
+                "--bins",
+            ]))?;
+            target_directory()
+        })?;
+        let release_dir = target.join("release");
+        Ok(Self {
+            migrator: release_dir.join("dom0-migrator"),
+            probe: release_dir.join("guest-probe"),
+            ticker: release_dir.join("guest-ticker"),
+            module,
+        })
+    }
+
+    /// Puts the files into both hosts and the guest, loads the module and starts the probe beside the running mysqld.
+    ///
+    /// # Errors
+    /// When the module does not load or the probe does not attach.
+    pub fn install(&self, lab: &Lab) -> Result<()> {
+        step("putting dom0-migrator into both hosts", || {
+            for host in [Host::Source, Host::Target] {
+                lab.host(host).push(&self.migrator, MIGRATOR, 0o755)?;
+            }
+            Ok(())
+        })?;
+        step("putting module, probe and ticker into the guest", || {
+            let guest = lab.guest();
+            guest.push(&self.module, MODULE, 0o644)?;
+            guest.push(&self.probe, PROBE, 0o755)?;
+            guest.push(&self.ticker, TICKER, 0o755)?;
+            Ok(())
+        })?;
+        step("loading the module into the guest", || guest(lab, &format!("insmod {MODULE}")).map(drop))
+    }
+
+    /// Starts the probe in the guest, beside the running mysqld, and waits until it knows every frame.
+    ///
+    /// # Errors
+    /// When the probe ends or never says that it is attached; with its log.
+    pub fn start_probe(&self, lab: &Lab, options: &str) -> Result<()> {
+        step("attaching the probe to the running mysqld", || {
+            guest(
+                lab,
+                &format!(
+                    "{PROBE} run {options} </dev/null >/run/guest-probe.log 2>&1 & echo $! >/run/guest-probe.pid; \
+                     for i in $(seq 600); do {PROBE} status --json >/run/guest-probe.status 2>/dev/null && exit 0; \
+                     kill -0 $(cat /run/guest-probe.pid) || break; sleep 0.5; done; \
+                     echo 'the probe does not answer; its log:' >&2; tail -n 40 /run/guest-probe.log >&2; exit 1"
+                ),
+            )
+            .map(drop)
+        })
+    }
+
+    /// Ends the probe as an operator would, and waits until it is gone.
+    ///
+    /// # Errors
+    /// When it does not end.
+    pub fn stop_probe(&self, lab: &Lab) -> Result<()> {
+        guest(
+            lab,
+            "pid=$(cat /run/guest-probe.pid); kill $pid; for i in $(seq 300); do kill -0 $pid 2>/dev/null || exit 0; \
+             sleep 0.2; done; echo 'the probe does not end on SIGTERM' >&2; exit 1",
+        )
+        .map(drop)
+    }
+
+    /// Starts the ticker in the guest.
+    ///
+    /// # Errors
+    /// When the guest cannot be reached.
+    pub fn start_ticker(lab: &Lab) -> Result<()> {
+        guest(lab, &format!("{TICKER} /run/ticker.log </dev/null >/dev/null 2>&1 & echo $! >/run/ticker.pid"))
+            .map(drop)
+    }
+
+    /// Ends the ticker: the longest gap that it saw, and where its lines stand.
+    ///
+    /// # Errors
+    /// When it saw nothing at all, so did not run.
+    pub fn stop_ticker(lab: &Lab) -> Result<Duration> {
+        guest(lab, "kill $(cat /run/ticker.pid)")?;
+        let log = guest(lab, "cat /run/ticker.log")?;
+        longest_gap(&log)
+            .with_context(|| format!("the ticker in the guest left no line that says so: {log:?}"))
+    }
+}
+
+/// The longest gap in a ticker's log.
+fn longest_gap(log: &str) -> Option<Duration> {
+    log.lines().filter_map(|line| line.split_once(' ')?.1.trim().parse().ok()).max().map(Duration::from_nanos)
+}
+
+/// Runs a shell command in the guest; its standard output.
+///
+/// # Errors
+/// When it does not exit with 0: with its standard error.
+pub fn guest(lab: &Lab, command: &str) -> Result<String> {
+    let output = lab.guest().run(command, LIMIT)?;
+    if output.status != 0 {
+        bail!("in the guest: `{command}` ended with {}: {}", output.status, output.stderr.trim());
+    }
+    Ok(output.stdout)
+}
+
+/// Runs a shell command in a host's dom0; its standard output.
+///
+/// # Errors
+/// When it does not exit with 0: with its standard error.
+pub fn host(lab: &Lab, which: Host, command: &str) -> Result<String> {
+    let output = lab.host(which).run(command, LIMIT)?;
+    if output.status != 0 {
+        bail!("on {which:?}: `{command}` ended with {}: {}", output.status, output.stderr.trim());
+    }
+    Ok(output.stdout)
+}
+
+/// The cargo that runs us.
+pub fn cargo() -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(root());
+    command
+}
+
+/// The checkout's root.
+pub fn root() -> &'static Path {
+    // xtask's manifest lies one folder below it.
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+fn target_directory() -> Result<PathBuf> {
+    let words = run(cargo().args(["metadata", "--format-version=1", "--no-deps", "--locked"]))?;
+    let metadata: serde_json::Value =
+        serde_json::from_slice(&words).context("cannot read cargo's metadata")?;
+    let path = metadata["target_directory"].as_str().context("cargo's metadata names no target directory")?;
+    Ok(PathBuf::from(path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn longest_gap_is_the_largest_of_the_second_column() {
+        assert_eq!(longest_gap("100 0\n200 25\n300 7\n"), Some(Duration::from_nanos(25)));
+    }
+
+    #[test]
+    fn an_empty_log_has_no_gap() {
+        assert_eq!(longest_gap(""), None);
+        assert_eq!(longest_gap("garbage\n"), None);
+    }
+}

@@ -1,0 +1,161 @@
+//! One migration in the lab, by `dom0-migrator` as an operator would call it.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::deployment::MIGRATOR;
+use crate::lab::{Host, Lab, Spawned};
+
+/// The guest of the lab.
+pub const DOMAIN: &str = "db1";
+
+/// Where the sender writes its report.
+const REPORT: &str = "/run/migration.json";
+
+/// Limit for one migration; one takes one to three minutes, more when the machine is loaded.
+const LIMIT: Duration = Duration::from_secs(1500);
+
+/// What the guest had listed, as dom0 read it.
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
+pub struct Lists {
+    /// Frames loaded and untouched.
+    pub frames_read: u64,
+    /// Frames flushed since they were written.
+    pub frames_written: u64,
+    /// Pages of 4 KiB in both lists.
+    pub pages_listed: u64,
+    /// Frames of the pool.
+    pub pool_frames: u64,
+    /// Frames of the pool whose bytes are those on disk.
+    pub pool_frames_clean: u64,
+}
+
+/// What `dom0-migrator migrate --json` writes, as far as the lab reads it.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Report {
+    /// From the command's start to its end.
+    pub total_seconds: f64,
+    /// All bytes on all connections, both directions.
+    pub wire_bytes: u64,
+    /// Passes over memory, the last included.
+    pub rounds: Option<u64>,
+    /// Pages that travelled whole.
+    pub pages_sent: Option<u64>,
+    /// Zero pages that travelled as markers.
+    pub pages_zero: Option<u64>,
+    /// Pages that travelled as references.
+    pub pages_referenced: Option<u64>,
+    /// References that the target took from storage.
+    #[serde(default)]
+    pub pages_accepted: Option<u64>,
+    /// References that the target refused.
+    pub pages_refused: Option<u64>,
+    /// The lists that were used.
+    pub lists: Option<Lists>,
+    /// Pages that differed when all were sent again and compared; none when it was not a debug migration.
+    pub verify_mismatches: Option<u64>,
+    /// Pages compared.
+    #[serde(default)]
+    pub pages_verified: Option<u64>,
+}
+
+/// How to migrate.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// With the stock save helper, over the same connections.
+    pub stock: bool,
+    /// Send all memory again at the end, and compare.
+    pub verify: bool,
+}
+
+/// What the receiver says when it can be reached.
+const READY: &str = "ready to receive domains";
+
+/// A migration that has been started: both sides' commands, each ended when this is dropped.
+pub struct Started {
+    /// `dom0-migrator migrate` on the host that has the guest.
+    pub sender: Spawned,
+    /// `dom0-migrator receive --once` on the other.
+    pub receiver: Spawned,
+    from: Host,
+}
+
+/// Starts to migrate the guest.
+///
+/// # Errors
+/// When the receiving side does not come up.
+pub fn start(lab: &Lab, from: Host, options: Options) -> Result<Started> {
+    let to = from.other();
+    let address = format!("{}:8002", to.address());
+    let receiver = lab.host(to).spawn(&format!("exec {MIGRATOR} receive --listen {address} --once"))?;
+    receiver.wait_for(READY, LIMIT).context("the receiving side does not start")?;
+    let mut command = format!("rm -f {REPORT}; exec {MIGRATOR} migrate {DOMAIN} {address} --json {REPORT}");
+    if options.stock {
+        command += " --stock";
+    }
+    if options.verify {
+        command += " --debug";
+    }
+    Ok(Started { sender: lab.host(from).spawn(&command)?, receiver, from })
+}
+
+impl Started {
+    /// Waits until it is over, and shows what the sender says meanwhile; its report.
+    ///
+    /// # Errors
+    /// When either side fails: with what both said.
+    pub fn finish(self, lab: &Lab) -> Result<Report> {
+        let start = Instant::now();
+        let mut shown = 0;
+        while !self.sender.has_ended() && start.elapsed() < LIMIT {
+            shown = show_from(&self.sender.output(), shown);
+            thread::sleep(Duration::from_millis(500));
+        }
+        let ended = self.sender.wait(Duration::from_secs(1));
+        let status = ended.as_ref().map_or(-1, |output| output.status);
+        if status != 0 {
+            bail!("{}", self.failure(lab, status));
+        }
+        let received = self.receiver.wait(LIMIT)?;
+        if received.status != 0 {
+            bail!("the sender ended with 0, the receiver with {}: {}", received.status, received.stdout);
+        }
+        let json = lab.host(self.from).pull(REPORT)?;
+        serde_json::from_slice(&json).with_context(|| {
+            format!("cannot read the report of the migration: {}", String::from_utf8_lossy(&json))
+        })
+    }
+
+    fn failure(&self, lab: &Lab, status: i32) -> String {
+        let hypervisor = lab.xl_dmesg(self.from).unwrap_or_default();
+        let lines: Vec<_> = hypervisor.lines().collect();
+        format!(
+            "the migration from {} ended with {status}\nsender:\n{}\nreceiver:\n{}\nhypervisor of the sender:\n{}",
+            self.from.name(),
+            self.sender.output(),
+            self.receiver.output(),
+            lines[lines.len().saturating_sub(12)..].join("\n")
+        )
+    }
+}
+
+/// Shows the whole lines of `text` from byte `from` on; where to go on.
+fn show_from(text: &str, from: usize) -> usize {
+    let Some(new) = text.get(from..) else { return from };
+    let Some(end) = new.rfind('\n') else { return from };
+    for line in new[..end].lines() {
+        eprintln!("    {line}");
+    }
+    from + end + 1
+}
+
+/// Migrates the guest from one host to the other; the report.
+///
+/// # Errors
+/// When either side fails: with what both said.
+pub fn migrate(lab: &Lab, from: Host, options: Options) -> Result<Report> {
+    start(lab, from, options)?.finish(lab)
+}

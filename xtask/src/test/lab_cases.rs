@@ -1,0 +1,172 @@
+//! Cases that need two Xen hosts and a guest. One lab serves all of them, in an order in which each leaves the guest where the next
+//! expects it.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::demo::mislead;
+use crate::deployment::{Deployment, LIMIT, guest, host};
+use crate::lab::{self, Host, Lab};
+use crate::migration::{DOMAIN, Options, migrate, start};
+use crate::proof;
+use crate::step::step;
+
+/// How long a condition in the lab may take to come true.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// Runs all cases; stops at the first that fails, since the guest is then not where the next expects it.
+///
+/// # Errors
+/// That of the first case that fails.
+pub fn run() -> Result<()> {
+    let deployment = Deployment::build()?;
+    let lab = step("the lab", || Lab::warm(&lab::Options::default()))?;
+    deployment.install(&lab)?;
+    deployment.start_probe(&lab, "")?;
+    let server = proof::server(&lab)?;
+
+    case("a_listed_pool_goes_by_reference_and_every_page_is_equal", || by_reference(&lab, server))?;
+    case("tables_and_rows_are_what_they_were", || tables_whole(&lab))?;
+    case("killed_source_helper_leaves_a_running_guest_and_nothing_else", || {
+        killed(&lab, Victim::SourceHelper)
+    })?;
+    case("killed_target_helper_leaves_a_running_guest_and_nothing_else", || {
+        killed(&lab, Victim::TargetHelper)
+    })?;
+    case("cancelled_migration_leaves_a_running_guest_and_nothing_else", || killed(&lab, Victim::Migration))?;
+    case("after_failures_a_second_attempt_works", || {
+        migrate(&lab, Host::Target, Options::default()).map(drop)
+    })?;
+    case("wrong_hints_and_writes_change_no_byte", || mislead(&lab, &deployment, server).map(drop))?;
+    case("module_unloads_and_leaves_no_node", || unload(&lab, &deployment))
+}
+
+fn case(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let start = Instant::now();
+    let result = work().with_context(|| format!("case {name}"));
+    let verdict = if result.is_ok() { "ok" } else { "FAILED" };
+    println!("lab case {name} ... {verdict} ({:.0} s)", start.elapsed().as_secs_f64());
+    result
+}
+
+/// The way there, all memory compared.
+fn by_reference(lab: &Lab, before: proof::Server) -> Result<()> {
+    let report = migrate(lab, Host::Source, Options { stock: false, verify: true })?;
+    ensure!(
+        report.verify_mismatches == Some(0),
+        "pages differ at the target, or none was compared: {report:?}"
+    );
+    ensure!(report.pages_verified.unwrap_or(0) > 0, "no page was compared: {report:?}");
+    let lists = report.lists.clone().context("the migration used no lists")?;
+    let accepted =
+        report.pages_accepted.context("the report does not say how many references were accepted")?;
+    ensure!(
+        accepted * 10 >= lists.pool_frames_clean * 4 * 9,
+        "{accepted} pages accepted of {} clean frames of 4 pages: less than 90 %",
+        lists.pool_frames_clean
+    );
+    let (referenced, refused) =
+        (report.pages_referenced.unwrap_or(0), report.pages_refused.unwrap_or(u64::MAX));
+    ensure!(
+        refused * 50 <= referenced,
+        "{refused} of {referenced} references were refused on an idle pool: over 2 %"
+    );
+    ensure!(report.pages_zero.unwrap_or(0) > 0, "no zero page went as a marker");
+    ensure!(proof::server(lab)? == before, "mysqld is another process");
+    Ok(())
+}
+
+fn tables_whole(lab: &Lab) -> Result<()> {
+    let tables = proof::tables(lab)?;
+    ensure!(
+        proof::checksums(lab, &tables)? == proof::expected_checksums(lab)?,
+        "row checksums are not what they were"
+    );
+    proof::check_tables(lab, &tables).map(drop)
+}
+
+/// Who is ended in the middle of a migration, and how.
+#[derive(Clone, Copy)]
+enum Victim {
+    /// The source's save helper, by SIGKILL.
+    SourceHelper,
+    /// The target's restore helper, by SIGKILL.
+    TargetHelper,
+    /// The migration, by SIGTERM as an operator would.
+    Migration,
+}
+
+/// Ends somebody in the middle of the first round, from the target back to the source, and looks at what is left.
+fn killed(lab: &Lab, victim: Victim) -> Result<()> {
+    let from = Host::Target;
+    let before = proof::server(lab)?;
+    // Slow enough that the first round lasts until the kill.
+    lab.set_link_rate(Some(16_000_000))?;
+    let result = kill_midway(lab, from, victim);
+    lab.set_link_rate(None)?;
+    result?;
+    ensure!(lab.guest_host()? == from, "the guest is not where it was");
+    ensure!(proof::server(lab)? == before, "mysqld is another process");
+    ensure!(proof::query(lab, "SELECT 1")?.trim() == "1", "the server does not answer");
+    wait_for("the other host to be clean", || {
+        Ok(!host(lab, from.other(), "xl list")?.lines().any(|line| line.starts_with(DOMAIN)))
+    })?;
+    wait_for("dirty logging to be off", || {
+        let words = host(lab, from, "xl dmesg -c >/dev/null; xl debug-keys q; sleep 1; xl dmesg")?;
+        ensure!(
+            words.contains("General information for domain"),
+            "the hypervisor says nothing of its domains: {words}"
+        );
+        Ok(!words.contains("log_dirty"))
+    })?;
+    wait_for("all helpers to be gone", || {
+        let running = "pgrep -f -- '[-]-save-domain|[-]-restore-domain'";
+        Ok(lab.host(from).run(running, LIMIT)?.status != 0
+            && lab.host(from.other()).run(running, LIMIT)?.status != 0)
+    })
+}
+
+fn kill_midway(lab: &Lab, from: Host, victim: Victim) -> Result<()> {
+    let moved = || lab.link_bytes().map(|bytes| bytes.source_tx + bytes.source_rx);
+    let before = moved()?;
+    let started = start(lab, from, Options::default())?;
+    wait_for("some megabytes to be on their way", || {
+        ensure!(!started.sender.has_ended(), "the migration ended by itself: {}", started.sender.output());
+        Ok(moved()? - before > 6_000_000)
+    })?;
+    match victim {
+        Victim::SourceHelper => host(lab, from, "pkill -KILL -f -- '[-]-save-domain'").map(drop)?,
+        Victim::TargetHelper => {
+            host(lab, from.other(), "pkill -KILL -f -- '[-]-restore-domain'").map(drop)?
+        }
+        Victim::Migration => started.sender.signal("TERM")?,
+    }
+    let sent = started.sender.wait(PATIENCE)?;
+    ensure!(sent.status != 0, "the migration says that it went well: {}", sent.stdout);
+    let received = started.receiver.wait(PATIENCE)?;
+    ensure!(received.status != 0, "the receiver says that it went well: {}", received.stdout);
+    Ok(())
+}
+
+fn unload(lab: &Lab, deployment: &Deployment) -> Result<()> {
+    deployment.stop_probe(lab)?;
+    guest(lab, "rmmod poolskip")?;
+    let words = guest(lab, "dmesg")?;
+    for bad in ["WARNING:", "BUG:", "Oops", "Call Trace"] {
+        ensure!(!words.contains(bad), "the guest's kernel log has {bad:?}:\n{words}");
+    }
+    Ok(())
+}
+
+/// Looks until it is true.
+fn wait_for(what: &str, mut look: impl FnMut() -> Result<bool>) -> Result<()> {
+    let start = Instant::now();
+    while !look().with_context(|| format!("while waiting for {what}"))? {
+        if start.elapsed() > PATIENCE {
+            bail!("waited {} s for {what}, in vain", PATIENCE.as_secs());
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
+}
