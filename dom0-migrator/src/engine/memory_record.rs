@@ -1,6 +1,6 @@
-//! The private record that stands in place of a PAGE_DATA record.
+//! The private records: the one that stands in place of a PAGE_DATA record, and the one that asks how far the target is.
 //!
-//! Its type lies in the space of optional records, so that a reader which does not know it would skip it; none ever sees it,
+//! Their type lies in the space of optional records, so that a reader which does not know it would skip it; none ever sees it,
 //! since it is sent only after a target has answered on the side channel. All integers are little-endian.
 //!
 //! ```text
@@ -35,6 +35,9 @@
 //!                        hello named in this place, and its hash is the next one in hash[]
 //! ```
 //!
+//! A sync record has the same magic, kind 2 and version, and a number in octets 8 to 15; the target sends the number back on
+//! the side channel (SYNCED) when everything before it in the stream has been handed to libxenguest.
+//!
 //! The spans stand in the order of the entries of the PAGE_DATA record that this one replaces, at most 1,024 entries in all.
 //! References are numbered from 0 without a gap, through all records. N is the sum of the counts of raw spans, R that
 //! of reference spans.
@@ -51,6 +54,10 @@ pub const RECORD_TYPE: u32 = 0x8050_736b;
 pub const MAGIC: u32 = u32::from_le_bytes(*b"PsMe");
 /// The kind that is drawn above.
 const KIND: u16 = 1;
+/// Kind of a sync record.
+const KIND_SYNC: u16 = 2;
+/// Bytes of a sync record's body.
+const SYNC: usize = 16;
 /// Version of the layout.
 const VERSION: u16 = 1;
 /// Bytes before the spans.
@@ -210,6 +217,39 @@ impl Builder {
     }
 }
 
+/// A private record's body, checked.
+#[derive(Clone, Copy, Debug)]
+pub enum PrivateRecord<'a> {
+    /// Memory.
+    Memory(MemoryRecord<'a>),
+    /// A question with its number.
+    Sync(u64),
+}
+
+impl<'a> PrivateRecord<'a> {
+    /// Parses a body of either kind.
+    pub fn parse(body: &'a [u8]) -> Result<Self, StreamProblem> {
+        let sync_head = sync_body(0);
+        if body.get(..8) != sync_head.get(..8) {
+            return MemoryRecord::parse(body).map(Self::Memory);
+        }
+        match u64_at(body, 8) {
+            Some(number) if body.len() == SYNC => Ok(Self::Sync(number)),
+            _ => Err(StreamProblem::Length { length: body.len() as u64, expected: SYNC as u64 }),
+        }
+    }
+}
+
+/// A sync record's body.
+pub fn sync_body(number: u64) -> [u8; SYNC] {
+    let mut out = [0; SYNC];
+    out[..4].copy_from_slice(&MAGIC.to_le_bytes());
+    out[4..6].copy_from_slice(&KIND_SYNC.to_le_bytes());
+    out[6..8].copy_from_slice(&VERSION.to_le_bytes());
+    out[8..].copy_from_slice(&number.to_le_bytes());
+    out
+}
+
 /// A body, checked: all spans can be, and there are as many hashes and pages as they ask for.
 #[derive(Clone, Copy, Debug)]
 pub struct MemoryRecord<'a> {
@@ -332,6 +372,13 @@ mod tests {
     }
 
     #[test]
+    fn a_sync_record_is_a_number() {
+        let body = sync_body(0x0102_0304_0506_0708);
+        assert!(matches!(PrivateRecord::parse(&body), Ok(PrivateRecord::Sync(0x0102_0304_0506_0708))));
+        assert!(matches!(PrivateRecord::parse(&body[..12]), Err(StreamProblem::Length { .. })));
+    }
+
+    #[test]
     fn the_key_changes_the_hash() {
         assert_ne!(hash(&[1; 32], &[0; PAGE]), hash(&[2; 32], &[0; PAGE]));
     }
@@ -346,7 +393,7 @@ mod tests {
                     body[at] = 0;
                 }
             }
-            if let Ok(record) = MemoryRecord::parse(&body) {
+            if let Ok(PrivateRecord::Memory(record)) = PrivateRecord::parse(&body) {
                 prop_assert!(record.spans().map(|s| s.count).sum::<u32>() <= 1024);
             }
         }

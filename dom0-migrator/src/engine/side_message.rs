@@ -6,7 +6,7 @@
 //!       | <- ANSWER: outstanding, disks ---------- |
 //!       |        (from here on the stream may carry memory records)
 //!       | <- VERDICTS: accepted, refused --------- |  as reads complete, many at once
-//!       | <- VERDICTS … -------------------------- |
+//!       | <- SYNCED: number ---------------------- |  when a sync record has come through the stream
 //!       | -- closes ----------------------------> |
 //! ```
 //!
@@ -21,6 +21,7 @@
 //!  VERDICTS  0 ranges (A) u32 | 4 refusals (B) u32
 //!            A × { first number u64, count u32, zero u32 }: accepted
 //!            B × { number u64, reason u8, 7 zeros }: refused
+//!  SYNCED    0 number u64
 //! ```
 
 use std::io::{self, Read, Write};
@@ -107,13 +108,23 @@ impl Verdicts {
     }
 }
 
-/// One of the three.
+/// What the target says after its answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// Verdicts.
+    Verdicts(Verdicts),
+    /// Everything before the sync record with this number is in libxenguest's hands.
+    Synced(u64),
+}
+
+/// One of the four.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 enum Kind {
     Hello = 1,
     Answer = 2,
     Verdicts = 3,
+    Synced = 4,
 }
 
 /// The fields of a body, one after the other.
@@ -165,21 +176,32 @@ fn write_message(to: &mut impl Write, kind: Kind, body: &[u8], what: &'static st
 }
 
 fn read_message(from: &mut impl Read, kind: Kind, what: &'static str) -> Result<Vec<u8>, SideError> {
+    read_message_of(from, &[kind], what).map(|(_, body)| body)
+}
+
+/// Reads a message of one of these kinds.
+fn read_message_of(
+    from: &mut impl Read,
+    kinds: &[Kind],
+    what: &'static str,
+) -> Result<(Kind, Vec<u8>), SideError> {
     let failed = |source: io::Error| SideError::Io { what, source };
     let mut header = [0; HEADER];
     from.read_exact(&mut header).map_err(failed)?;
     let mut fields = Fields(&header);
     let (magic, found, version, length) =
         (fields.u32()?, fields.u16()?, fields.u16()?, fields.count(MAX_BODY)?);
-    if magic != MAGIC || found != kind as u16 {
-        return Err(SideError::Unexpected { magic, kind: found, expected: kind as u16 });
-    }
+    let kind = kinds.iter().copied().find(|&kind| magic == MAGIC && found == kind as u16);
+    let Some(kind) = kind else {
+        let expected = kinds.first().map_or(0, |&kind| kind as u16);
+        return Err(SideError::Unexpected { magic, kind: found, expected });
+    };
     if version != VERSION {
         return Err(SideError::Version { found: version, expected: VERSION });
     }
     let mut body = vec![0; length];
     from.read_exact(&mut body).map_err(failed)?;
-    Ok(body)
+    Ok((kind, body))
 }
 
 impl Hello {
@@ -290,10 +312,7 @@ impl Verdicts {
         Ok(())
     }
 
-    /// Receives one message.
-    pub fn read(from: &mut impl Read) -> Result<Self, SideError> {
-        let body = read_message(from, Kind::Verdicts, "waiting for verdicts")?;
-        let mut fields = Fields(&body);
+    fn parse(mut fields: Fields<'_>) -> Result<Self, SideError> {
         let (ranges, refusals) = (fields.count(MAX_VERDICTS)?, fields.count(MAX_VERDICTS)?);
         let mut verdicts =
             Self { accepted: Vec::with_capacity(ranges), refused: Vec::with_capacity(refusals) };
@@ -313,6 +332,31 @@ impl Verdicts {
         }
         fields.end()?;
         Ok(verdicts)
+    }
+}
+
+impl Report {
+    /// Sends it, verdicts in as many messages as they take.
+    pub fn write(&self, to: &mut impl Write) -> Result<(), SideError> {
+        match self {
+            Self::Verdicts(verdicts) => verdicts.write(to),
+            Self::Synced(number) => {
+                write_message(to, Kind::Synced, &number.to_le_bytes(), "answering a sync record")
+            }
+        }
+    }
+
+    /// Receives one message.
+    pub fn read(from: &mut impl Read) -> Result<Self, SideError> {
+        let (kind, body) =
+            read_message_of(from, &[Kind::Verdicts, Kind::Synced], "waiting for what the target says")?;
+        let mut fields = Fields(&body);
+        if kind == Kind::Verdicts {
+            return Verdicts::parse(fields).map(Self::Verdicts);
+        }
+        let number = fields.u64()?;
+        fields.end()?;
+        Ok(Self::Synced(number))
     }
 }
 
@@ -352,10 +396,14 @@ mod tests {
         };
         let mut bytes = Vec::new();
         verdicts.write(&mut bytes).unwrap();
+        Report::Synced(9).write(&mut bytes).unwrap();
         let mut rest = bytes.as_slice();
         let mut back = Verdicts::default();
-        while !rest.is_empty() {
-            let part = Verdicts::read(&mut rest).unwrap();
+        loop {
+            let part = match Report::read(&mut rest).unwrap() {
+                Report::Verdicts(part) => part,
+                Report::Synced(number) => break assert_eq!((number, rest.len()), (9, 0)),
+            };
             back.accepted.extend(part.accepted);
             back.refused.extend(part.refused);
         }
@@ -364,7 +412,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn garbage_never_panics(kind in 1_u16..4, body in proptest::collection::vec(any::<u8>(), 0..100)) {
+        fn garbage_never_panics(kind in 1_u16..5, body in proptest::collection::vec(any::<u8>(), 0..100)) {
             let mut bytes = Vec::new();
             bytes.extend(MAGIC.to_le_bytes());
             bytes.extend(kind.to_le_bytes());
@@ -374,7 +422,7 @@ mod tests {
             bytes.extend(&body);
             let _ = Hello::read(&mut bytes.as_slice());
             let _ = Answer::read(&mut bytes.as_slice());
-            let _ = Verdicts::read(&mut bytes.as_slice());
+            let _ = Report::read(&mut bytes.as_slice());
         }
     }
 }

@@ -32,7 +32,7 @@ use super::descriptor::{Bell, Input, Output, Ringer, bell};
 use super::error::{EngineError, SideError, StreamProblem};
 use super::memory_record::{self, Builder, SpanKind};
 use super::reference_map::ReferenceMap;
-use super::side_message::{Answer, Hello, Refusal, Verdicts};
+use super::side_message::{Answer, Hello, Refusal, Report, Verdicts};
 use super::summary::{DrainReport, SourceStats, SourceSummary};
 use super::window::{Retained, Window};
 use super::xen_stream::{
@@ -116,6 +116,7 @@ impl SourceFilter {
             window,
             config,
             drain: None,
+            syncs: (0, 0),
             pass: Pass::default(),
             stats: summary.stats.clone(),
             shared: Arc::clone(&stats),
@@ -151,7 +152,8 @@ impl SourceFilter {
 
     /// Call from libxenguest's thread, in the precopy policy, just before the domain is suspended. Returns when everything
     /// written so far has been consumed and no reference is outstanding any more: what is not settled within
-    /// [`Config::drain_timeout`] is sent as it is. From then on nothing goes by reference.
+    /// [`Config::drain_timeout`] is sent as it is. It also waits until the target has handed all of that to libxenguest, so that
+    /// nothing of it is still on the way while the domain is suspended. From then on nothing goes by reference.
     ///
     /// # Errors
     /// [`EngineError::Gone`] when the filter has ended; [`finish`](Self::finish) tells why.
@@ -196,7 +198,7 @@ impl SourceFilter {
 /// What came over the side channel.
 #[derive(Debug)]
 enum SideEvent {
-    Verdicts(Verdicts),
+    Report(Report),
     Lost(SideError),
 }
 
@@ -254,8 +256,7 @@ impl Side {
             .name("source-side".into())
             .spawn(move || {
                 loop {
-                    let event =
-                        Verdicts::read(&mut incoming).map_or_else(SideEvent::Lost, SideEvent::Verdicts);
+                    let event = Report::read(&mut incoming).map_or_else(SideEvent::Lost, SideEvent::Report);
                     let lost = matches!(event, SideEvent::Lost(_));
                     let gone = events_tx.send(event).is_err();
                     ringer.ring();
@@ -311,6 +312,8 @@ struct Drain {
     report: DrainReport,
     /// Counters when it began: accepted, refused.
     before: (u64, u64),
+    /// Number of the sync record that was sent when nothing was outstanding any more.
+    sync: Option<u64>,
 }
 
 /// What the filter's thread owns.
@@ -327,6 +330,8 @@ struct Filter {
     window: Window,
     config: Config,
     drain: Option<Drain>,
+    /// Number of the last sync record sent, and of the last one answered.
+    syncs: (u64, u64),
     pass: Pass,
     stats: SourceStats,
     shared: Arc<Mutex<SourceStats>>,
@@ -358,7 +363,6 @@ impl Filter {
                 }
                 kind => self.other_record(header, kind)?,
             }
-            self.publish();
             if header.kind == record::END {
                 return Ok(());
             }
@@ -384,6 +388,7 @@ impl Filter {
                 self.handle_request(request);
             }
             self.handle_side_events()?;
+            self.publish();
             if self.drain.is_none() {
                 if self.input.wait(&self.bell, None)? {
                     return Ok(());
@@ -407,24 +412,44 @@ impl Filter {
             Request::Drain(reply) => {
                 self.may_refer = false;
                 let before = (self.stats.references_accepted, self.stats.references_refused);
-                self.drain =
-                    Some(Drain { reply, began: Instant::now(), report: DrainReport::default(), before });
+                self.drain = Some(Drain {
+                    reply,
+                    began: Instant::now(),
+                    report: DrainReport::default(),
+                    before,
+                    sync: None,
+                });
             }
         }
     }
 
-    /// One step of a drain whose input is empty: ends it, or waits for the next verdict.
+    /// One step of a drain whose input is empty: ends it, or waits for what the target says next.
+    ///
+    /// Once nothing is outstanding the target is asked whether all has come through, and the drain ends with its answer: what
+    /// still lies in buffers on the way would otherwise be sent while the domain is suspended.
     fn go_on_draining(&mut self) -> Result<(), EngineError> {
+        let outstanding = self.window.outstanding() as u64;
+        let (last_sync, answered) = self.syncs;
         let Some(drain) = &mut self.drain else { return Ok(()) };
-        drain.report.outstanding = drain.report.outstanding.max(self.window.outstanding() as u64);
+        drain.report.outstanding = drain.report.outstanding.max(outstanding);
         let left = self.config.drain_timeout.saturating_sub(drain.began.elapsed());
-        if self.window.outstanding() > 0 {
-            if left.is_zero() {
-                let replaced = self.replace_outstanding()?;
-                if let Some(drain) = &mut self.drain {
-                    drain.report.replaced += replaced;
-                }
-            } else if self.input.wait(&self.bell, Some(left))? {
+        if outstanding > 0 && left.is_zero() {
+            let replaced = self.replace_outstanding()?;
+            if let Some(drain) = &mut self.drain {
+                drain.report.replaced += replaced;
+            }
+            return Ok(());
+        }
+        if outstanding == 0 && self.side.is_some() && !left.is_zero() && drain.sync.is_none() {
+            drain.sync = Some(last_sync + 1);
+            self.syncs.0 += 1;
+            let body = memory_record::sync_body(self.syncs.0);
+            let head = RecordHeader::bytes(memory_record::RECORD_TYPE, body.len());
+            return self.output.write_slices(&mut [IoSlice::new(&head), IoSlice::new(&body)]);
+        }
+        let is_synced = drain.sync.is_none_or(|number| number <= answered);
+        if outstanding > 0 || (!is_synced && self.side.is_some() && !left.is_zero()) {
+            if self.input.wait(&self.bell, Some(left))? {
                 tracing::warn!("the save side writes while it is to wait for the drain");
             }
             return Ok(());
@@ -434,6 +459,7 @@ impl Filter {
             drain.report.seconds = elapsed;
             drain.report.accepted = self.stats.references_accepted - drain.before.0;
             drain.report.refused = self.stats.references_refused - drain.before.1;
+            drain.report.synced = drain.sync.is_some() && is_synced;
             self.stats.drain_seconds += elapsed;
             self.window.close();
             self.publish();
@@ -446,10 +472,23 @@ impl Filter {
         loop {
             let Some(side) = &self.side else { return Ok(()) };
             match side.events.try_recv() {
-                Ok(SideEvent::Verdicts(verdicts)) => self.handle_verdicts(&verdicts)?,
-                Ok(SideEvent::Lost(error)) => self.lose_side(&error)?,
+                Ok(event) => self.handle_side_event(event)?,
                 Err(_) => return Ok(()),
             }
+        }
+    }
+
+    fn handle_side_event(&mut self, event: SideEvent) -> Result<(), EngineError> {
+        match event {
+            SideEvent::Report(Report::Verdicts(verdicts)) => self.handle_verdicts(&verdicts),
+            SideEvent::Report(Report::Synced(number)) if number <= self.syncs.0 => {
+                self.syncs.1 = self.syncs.1.max(number);
+                Ok(())
+            }
+            SideEvent::Report(Report::Synced(_)) => {
+                self.lose_side(&SideError::Malformed("an answer to a sync record that was never sent"))
+            }
+            SideEvent::Lost(error) => self.lose_side(&error),
         }
     }
 
@@ -561,8 +600,7 @@ impl Filter {
             match side_channel {
                 Some(events) if self.window.outstanding() > 0 && !left.is_zero() => {
                     match events.recv_timeout(left) {
-                        Ok(SideEvent::Verdicts(verdicts)) => self.handle_verdicts(&verdicts)?,
-                        Ok(SideEvent::Lost(error)) => self.lose_side(&error)?,
+                        Ok(event) => self.handle_side_event(event)?,
                         Err(_) => {
                             self.replace_outstanding()?;
                         }

@@ -117,6 +117,8 @@ pub struct DrainReport {
     pub refused: u64,
     /// Not settled in time: the page itself was sent.
     pub replaced: u64,
+    /// Whether the target confirmed that everything has come through.
+    pub synced: bool,
     /// How long it took.
     pub seconds: f64,
 }

@@ -28,9 +28,9 @@ use super::config::{Config, DiskName};
 use super::descriptor::{Bell, Input, Output, Ringer, bell};
 use super::disk::{Disk, DiskError};
 use super::error::{EngineError, SideError, StreamProblem};
-use super::memory_record::{self, MemoryRecord, SpanKind};
+use super::memory_record::{self, MemoryRecord, PrivateRecord, SpanKind};
 use super::restorer::{Batch, Key, Restorer, Wanted};
-use super::side_message::{Answer, Hello, MAX_VERDICTS, Refusal, Verdicts};
+use super::side_message::{Answer, Hello, MAX_VERDICTS, Refusal, Report, Verdicts};
 use super::summary::{DiskSummary, RefusalCounts, TargetStats, TargetSummary};
 use super::xen_stream::{
     DOMAIN_HEADER, DOMAIN_HVM, Entry, IMAGE_HEADER, MAX_PAGE_DATA, MAX_RECORD, NOTAB, PAGE, PAGE_DATA_HEAD,
@@ -147,11 +147,18 @@ struct Agreed {
 /// One verdict.
 type Verdict = (u64, Result<(), Refusal>);
 
+/// What the filter has to say to the source.
+#[derive(Debug)]
+enum Saying {
+    Verdicts(Vec<Verdict>),
+    Synced(u64),
+}
+
 /// The side channel's threads.
 #[derive(Debug)]
 struct Side {
     agreed: Receiver<Agreed>,
-    verdicts: Sender<Vec<Verdict>>,
+    sayings: Sender<Saying>,
     lost: Arc<AtomicBool>,
     socket: UnixStream,
 }
@@ -163,23 +170,23 @@ impl Side {
         let serving = socket.try_clone()?;
         let (agreed_tx, agreed) = bounded(1);
         // Not more verdicts than references are outstanding, which the hello has bounded.
-        let (verdicts, verdicts_rx) = unbounded();
+        let (sayings, sayings_rx) = unbounded();
         let lost = Arc::new(AtomicBool::new(false));
         let (config, ringer, lost_flag) = (config.clone(), ringer.clone(), Arc::clone(&lost));
         std::thread::Builder::new().name("target-side".into()).spawn(move || {
-            if let Err(error) = serve(serving, &config, &agreed_tx, &verdicts_rx, &lost_flag, &ringer) {
+            if let Err(error) = serve(serving, &config, &agreed_tx, &sayings_rx, &lost_flag, &ringer) {
                 tracing::warn!(%error, "side channel lost");
             }
             lost_flag.store(true, Ordering::Release);
             ringer.ring();
         })?;
-        Ok(Self { agreed, verdicts, lost, socket })
+        Ok(Self { agreed, sayings, lost, socket })
     }
 
     /// Ends the threads, and does not wait for them: nothing depends on them any more, since a source that has come to END
     /// has had every verdict that it needed. In peace what is still queued is sent first.
     fn close(self, in_peace: bool) {
-        drop(self.verdicts);
+        drop(self.sayings);
         if !in_peace {
             let _ = self.socket.shutdown(Shutdown::Both);
         }
@@ -191,7 +198,7 @@ fn serve(
     mut socket: UnixStream,
     config: &Config,
     agreed: &Sender<Agreed>,
-    verdicts: &Receiver<Vec<Verdict>>,
+    sayings: &Receiver<Saying>,
     lost: &Arc<AtomicBool>,
     ringer: &Ringer,
 ) -> Result<(), SideError> {
@@ -226,7 +233,7 @@ fn serve(
             ringer.ring();
         })
         .map_err(failed("starting the side channel's thread"))?;
-    let result = write_verdicts(&mut socket, verdicts);
+    let result = write_sayings(&mut socket, sayings);
     let _ = socket.shutdown(Shutdown::Both);
     let _ = watcher.join();
     result
@@ -250,23 +257,30 @@ fn open_disk(name: &DiskName, config: &Config) -> Result<Disk, DiskError> {
     opened
 }
 
-/// Sends verdicts until the filter has ended, as many at once as are there.
-fn write_verdicts(socket: &mut UnixStream, verdicts: &Receiver<Vec<Verdict>>) -> Result<(), SideError> {
-    let mut message = Verdicts::default();
+/// Sends what there is to say until the filter has ended, as many verdicts at once as are there.
+fn write_sayings(socket: &mut UnixStream, sayings: &Receiver<Saying>) -> Result<(), SideError> {
     let mut accepted = Vec::new();
-    while let Ok(first) = verdicts.recv() {
+    let mut message = Verdicts::default();
+    while let Ok(first) = sayings.recv() {
         accepted.clear();
         message.refused.clear();
+        // A later sync number says all that an earlier one does, and what was said before it goes before it.
+        let mut synced = None;
         let mut some = Some(first);
-        while let Some(part) = some {
-            for (number, outcome) in part {
-                match outcome {
-                    Ok(()) => accepted.push(number),
-                    Err(reason) => message.refused.push((number, reason)),
+        while let Some(saying) = some {
+            match saying {
+                Saying::Synced(number) => synced = Some(number),
+                Saying::Verdicts(verdicts) => {
+                    for (number, outcome) in verdicts {
+                        match outcome {
+                            Ok(()) => accepted.push(number),
+                            Err(reason) => message.refused.push((number, reason)),
+                        }
+                    }
                 }
             }
             let full = accepted.len().max(message.refused.len()) >= MAX_VERDICTS;
-            some = if full { None } else { verdicts.try_recv().ok() };
+            some = if full { None } else { sayings.try_recv().ok() };
         }
         accepted.sort_unstable();
         message.accepted.clear();
@@ -277,6 +291,9 @@ fn write_verdicts(socket: &mut UnixStream, verdicts: &Receiver<Vec<Verdict>>) ->
             }
         }
         message.write(socket)?;
+        if let Some(number) = synced {
+            Report::Synced(number).write(socket)?;
+        }
     }
     Ok(())
 }
@@ -346,13 +363,12 @@ impl Filter {
             }
             match header.kind {
                 record::PAGE_DATA => self.page_data(header)?,
-                memory_record::RECORD_TYPE => self.memory_record(header)?,
+                memory_record::RECORD_TYPE => self.private_record(header)?,
                 record::CHECKPOINT | record::CHECKPOINT_DIRTY_PFN_LIST => {
                     return Err(header.error(StreamProblem::Checkpoint));
                 }
                 kind => self.other_record(header, kind)?,
             }
-            self.publish();
             if header.kind == record::END {
                 return Ok(());
             }
@@ -375,6 +391,7 @@ impl Filter {
             self.notice_agreement()?;
             self.notice_loss();
             self.take_loaded()?;
+            self.publish();
             if self.input.wait(&self.bell, None)? {
                 return Ok(());
             }
@@ -450,13 +467,19 @@ impl Filter {
         }
         pages.write(&mut self.head, &mut self.output)?;
         self.give_verdicts(verdicts);
-        self.stats.references_outstanding = self.held.len() as u64;
         Ok(())
     }
 
     fn give_verdicts(&self, verdicts: Vec<Verdict>) {
-        if let Some(side) = self.side.as_ref().filter(|_| !verdicts.is_empty()) {
-            let _ = side.verdicts.send(verdicts);
+        if !verdicts.is_empty() {
+            self.say(Saying::Verdicts(verdicts));
+        }
+    }
+
+    fn say(&self, saying: Saying) {
+        // A side channel that is lost is noticed elsewhere.
+        if let Some(side) = &self.side {
+            let _ = side.sayings.send(saying);
         }
     }
 
@@ -541,7 +564,7 @@ impl Filter {
         Ok(())
     }
 
-    fn memory_record(&mut self, header: RecordHeader) -> Result<(), EngineError> {
+    fn private_record(&mut self, header: RecordHeader) -> Result<(), EngineError> {
         if self.phase == Phase::Verify {
             return Err(header.error(StreamProblem::Forbidden("after VERIFY every page travels as it is")));
         }
@@ -549,10 +572,14 @@ impl Filter {
         if self.session.is_none() {
             return Err(header.error(StreamProblem::Forbidden("no hello has been answered")));
         }
-        let body = self.read_body(header, memory_record::MAX_BODY, "a memory record")?;
-        let record = MemoryRecord::parse(body.get(..header.length as usize).unwrap_or(&body))
+        let body = self.read_body(header, memory_record::MAX_BODY, "a private record")?;
+        let record = PrivateRecord::parse(body.get(..header.length as usize).unwrap_or(&body))
             .map_err(|problem| header.error(problem))?;
-        self.rebuild(header, &record)?;
+        match record {
+            PrivateRecord::Memory(record) => self.rebuild(header, &record)?,
+            // What came before has been handed on before this record was read.
+            PrivateRecord::Sync(number) => self.say(Saying::Synced(number)),
+        }
         self.body = body;
         Ok(())
     }

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::guest_stream::{Sent, beginning, disk_page, ending, other_page, page_data, record, restore};
 use super::pair::{Pair, XVDA, config, disk, map};
 use crate::engine::memory_record::{self, Builder, SpanKind};
-use crate::engine::side_message::{Answer, Hello, Refusal, Verdicts};
+use crate::engine::side_message::{Answer, Hello, Refusal, Report, Verdicts};
 use crate::engine::summary::DiskSummary;
 use crate::engine::xen_stream::{Entry, NOTAB, PAGE, record as kinds};
 use crate::engine::{
@@ -67,12 +67,28 @@ impl LoneSource {
         }
     }
 
+    /// Reads the wire up to the next sync record and answers it, from a thread of its own.
+    fn answer_sync(&self) -> std::thread::JoinHandle<Vec<u8>> {
+        let (mut wire, mut side) = (self.wire.try_clone().unwrap(), self.side.try_clone().unwrap());
+        std::thread::spawn(move || {
+            let sync = record(memory_record::RECORD_TYPE, &memory_record::sync_body(1));
+            let mut seen = Vec::new();
+            while !seen.ends_with(&sync) {
+                let mut bytes = [0; 1];
+                wire.read_exact(&mut bytes).unwrap();
+                seen.extend(bytes);
+            }
+            Report::Synced(1).write(&mut side).unwrap();
+            seen
+        })
+    }
+
     /// Everything that was on the wire, with references resolved as a target would that has accepted none: only pages that
     /// travelled count.
-    fn pages_on_wire(mut self) -> std::collections::BTreeMap<u64, Vec<u8>> {
+    fn pages_on_wire(mut self, seen: Vec<u8>) -> std::collections::BTreeMap<u64, Vec<u8>> {
         drop(self.save);
         self.source.finish().unwrap();
-        let mut bytes = Vec::new();
+        let mut bytes = seen;
         self.wire.read_to_end(&mut bytes).unwrap();
         let mut pages = std::collections::BTreeMap::new();
         let mut at = 40;
@@ -106,7 +122,7 @@ fn what_is_not_settled_in_time_is_sent() {
         .write(&mut lone.side)
         .unwrap();
     lone.save.write_all(&ending()).unwrap();
-    let pages = lone.pages_on_wire();
+    let pages = lone.pages_on_wire(Vec::new());
     assert_eq!(pages.keys().copied().collect::<Vec<_>>(), (10..32).collect::<Vec<_>>());
     assert!(pages.iter().all(|(&pfn, page)| *page == disk_page(pfn)));
 }
@@ -122,12 +138,13 @@ fn a_refusal_of_something_superseded_sends_nothing() {
     let verdicts =
         Verdicts { accepted: vec![(0, 3), (5, 27)], refused: vec![(3, Refusal::Hash), (4, Refusal::Hash)] };
     verdicts.write(&mut lone.side).unwrap();
+    let sync = lone.answer_sync();
     let report = lone.source.drain().unwrap();
-    assert_eq!((report.refused, report.replaced), (0, 0));
+    assert_eq!((report.refused, report.replaced, report.synced), (0, 0, true));
     assert_eq!(lone.source.stats().references_accepted, 30);
     lone.save.write_all(&ending()).unwrap();
     // PFN 4 has no data, so its record went as a marker or as PAGE_DATA; only PFN 3's page may have travelled.
-    let pages = lone.pages_on_wire();
+    let pages = lone.pages_on_wire(sync.join().unwrap());
     assert_eq!(pages.into_iter().collect::<Vec<_>>(), [(3, other_page(3))]);
 }
 
@@ -144,7 +161,7 @@ fn a_verdict_on_something_never_sent_ends_the_side_channel() {
     );
     assert_eq!(lone.source.stats().references_replaced, 32);
     lone.save.write_all(&ending()).unwrap();
-    assert_eq!(lone.pages_on_wire().len(), 32);
+    assert_eq!(lone.pages_on_wire(Vec::new()).len(), 32);
 }
 
 #[test]
