@@ -90,6 +90,8 @@ pub struct Layout {
     pub block_page_id: u32,
     /// Of the `io_fix` byte in a control block.
     pub block_io_fix: u32,
+    /// Of the state byte in a control block.
+    pub block_state: u32,
     /// Of the frame's address in a control block.
     pub block_frame: u32,
     /// Of the tablespace's address in a `fil_node_t`.
@@ -97,11 +99,14 @@ pub struct Layout {
     /// Of the tablespace id in a `fil_space_t`.
     pub space_id: u32,
     /// The value of `io_fix` that means a read.
-    pub io_fix_read: u32,
+    pub io_fix_read: u8,
+    /// The value of the state that means a page of a file in a frame. A page that is in the pool compressed alone has a control
+    /// block too, a shorter one without a frame.
+    pub state_file_page: u8,
+    /// Zero.
+    pub reserved: [u8; 2],
     /// Bytes waiting in the ring buffer at which the reader is woken.
     pub wake_at: u32,
-    /// Zero.
-    pub reserved: u32,
 }
 
 /// Index of the counter of events that found the ring buffer full, or the table of calls in flight.

@@ -33,12 +33,14 @@ static CLEANING: HashMap<u64, u64> = HashMap::with_max_entries(4096, 0);
 static LAYOUT: Global<Layout> = Global::new(Layout {
     block_page_id: 0,
     block_io_fix: 0,
+    block_state: 0,
     block_frame: 0,
     node_space: 0,
     space_id: 0,
     io_fix_read: 0,
+    state_file_page: 0,
+    reserved: [0; 2],
     wake_at: 0,
-    reserved: 0,
 });
 
 /// `buf_page_io_complete(bpage, …)`: a read or a write is done; reads are told.
@@ -47,7 +49,7 @@ pub fn read_complete(ctx: ProbeContext) -> u32 {
     let layout = LAYOUT.load();
     let Some(block) = ctx.arg::<u64>(0) else { return 0 };
     match read_user::<u8>(block, layout.block_io_fix) {
-        Some(io_fix) if u32::from(io_fix) == layout.io_fix_read => {
+        Some(io_fix) if io_fix == layout.io_fix_read => {
             tell_block(&ctx, EventKind::ReadComplete, block, &layout);
         }
         Some(_) => {}
@@ -129,8 +131,14 @@ pub fn pool_resize(_ctx: ProbeContext) -> u32 {
     0
 }
 
+/// Tells of a page in a frame; of one that is in the pool compressed alone there is nothing to tell.
 #[inline(always)]
 fn tell_block<C: EbpfContext>(ctx: &C, kind: EventKind, block: u64, layout: &Layout) {
+    match read_user::<u8>(block, layout.block_state) {
+        Some(state) if state == layout.state_file_page => {}
+        Some(_) => return,
+        None => return unreadable(ctx, block),
+    }
     let id = read_user::<[u32; 2]>(block, layout.block_page_id);
     let frame = read_user::<u64>(block, layout.block_frame);
     match (id, frame) {

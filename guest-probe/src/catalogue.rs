@@ -165,7 +165,9 @@ pub enum CatalogueError {
     #[error("the catalogue cannot be read: {0}")]
     Syntax(#[from] toml::de::Error),
     /// An offset lies outside its structure.
-    #[error("catalogue entry {build_id}: offset {offset:#x} ({bytes} bytes) lies outside a {structure} of {size:#x} bytes")]
+    #[error(
+        "catalogue entry {build_id}: offset {offset:#x} ({bytes} bytes) lies outside a {structure} of {size:#x} bytes"
+    )]
     Outside {
         /// The entry.
         build_id: String,
@@ -231,12 +233,14 @@ impl Build {
         Layout {
             block_page_id: self.block.page_id as u32,
             block_io_fix: self.block.io_fix as u32,
+            block_state: self.block.state as u32,
             block_frame: self.block.frame as u32,
             node_space: self.node.space as u32,
             space_id: self.space.id as u32,
-            io_fix_read: u32::from(self.values.io_fix_read),
+            io_fix_read: self.values.io_fix_read,
+            state_file_page: self.values.state_file_page,
+            reserved: [0; 2],
             wake_at,
-            reserved: 0,
         }
     }
 
@@ -248,7 +252,8 @@ impl Build {
 
     fn check(&self) -> Result<(), CatalogueError> {
         let check = |structure, size: usize, offset: usize, bytes: usize| {
-            let inside = size <= LARGEST_STRUCTURE && offset.checked_add(bytes).is_some_and(|end| end <= size);
+            let inside =
+                size <= LARGEST_STRUCTURE && offset.checked_add(bytes).is_some_and(|end| end <= size);
             inside.then_some(()).ok_or_else(|| CatalogueError::Outside {
                 build_id: self.build_id.clone(),
                 structure,

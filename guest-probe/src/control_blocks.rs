@@ -34,7 +34,9 @@ pub enum BlocksError {
         bytes: u64,
     },
     /// The pool's descriptors cannot be right.
-    #[error("mysqld's memory says that it has {pools} pools and {chunks} chunks with {blocks} blocks: it is starting, resizing or ending")]
+    #[error(
+        "mysqld's memory says that it has {pools} pools and {chunks} chunks with {blocks} blocks: it is starting, resizing or ending"
+    )]
     Implausible {
         /// Pool instances.
         pools: u64,
@@ -47,7 +49,9 @@ pub enum BlocksError {
     #[error(transparent)]
     Overlap(#[from] Overlap),
     /// A block's frame is not where the chunk has it.
-    #[error("control block {index} of the chunk at {blocks:#x} has its frame at {frame:#x}, not at {expected:#x}: the pool is being resized")]
+    #[error(
+        "control block {index} of the chunk at {blocks:#x} has its frame at {frame:#x}, not at {expected:#x}: the pool is being resized"
+    )]
     Frame {
         /// Address of the chunk's first block.
         blocks: u64,
@@ -199,8 +203,10 @@ impl<'m, M: Memory> ControlBlocks<'m, M> {
                 let chunk = chunks.wrapping_add(index.wrapping_mul(self.build.chunk.size as u64));
                 let count_at = chunk.wrapping_add(self.build.chunk.block_count as u64);
                 let blocks_at = chunk.wrapping_add(self.build.chunk.blocks as u64);
-                let chunk =
-                    Chunk { blocks: self.memory.read_u64(blocks_at)?, count: self.memory.read_u64(count_at)? };
+                let chunk = Chunk {
+                    blocks: self.memory.read_u64(blocks_at)?,
+                    count: self.memory.read_u64(count_at)?,
+                };
                 blocks_in_all = blocks_in_all.saturating_add(chunk.count);
                 if chunk.count == 0 || blocks_in_all > self.most_frames {
                     return Err(implausible(count, blocks_in_all));

@@ -7,7 +7,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use enlightenment::ABI_VERSION;
-use enlightenment::device::{ADD, Add, BEGIN, Begin, MAX_ADD, PUBLISH, Publish, Request, STATS, Stats, UserRun, WITHDRAW};
+use enlightenment::device::{
+    ADD, Add, BEGIN, Begin, MAX_ADD, PUBLISH, Publish, Request, STATS, Stats, UserRun, WITHDRAW,
+};
 use thiserror::Error;
 
 use crate::bytes::{u32_le, u64_le};
@@ -40,7 +42,9 @@ pub enum DeviceError {
 
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => " (load the kernel module first: insmod poolskip.ko)",
+        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => {
+            " (load the kernel module first: insmod poolskip.ko)"
+        }
         Some(libc::EBUSY) => " (another guest-probe runs: see `guest-probe status`)",
         Some(libc::EPERM | libc::EACCES) => " (guest-probe needs to run as root)",
         _ => "",

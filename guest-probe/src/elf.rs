@@ -198,7 +198,9 @@ impl<'f, F: ReadAt + ?Sized> Elf<'f, F> {
             .iter()
             .map(|name| {
                 let address = found.get(name).copied();
-                Ok(Place { address: address.ok_or_else(|| ElfError::NoSymbol { symbol: (*name).to_owned() })? })
+                Ok(Place {
+                    address: address.ok_or_else(|| ElfError::NoSymbol { symbol: (*name).to_owned() })?,
+                })
             })
             .collect()
     }
@@ -220,13 +222,17 @@ impl<'f, F: ReadAt + ?Sized> Elf<'f, F> {
             })
             .ok_or_else(|| ElfError::NotInFile { symbol: symbol.to_owned(), address: place.address })?;
         let into = place.address - segment.p_vaddr;
-        let file_offset = segment.p_offset.checked_add(into).ok_or_else(|| ElfError::NotInFile {
-            symbol: symbol.to_owned(),
-            address: place.address,
-        })?;
+        let file_offset = segment
+            .p_offset
+            .checked_add(into)
+            .ok_or_else(|| ElfError::NotInFile { symbol: symbol.to_owned(), address: place.address })?;
         let bytes = read(self.file, file_offset, (segment.p_filesz - into).min(ENTRY_BYTES as u64))?;
         let (skip, emulated) = push_at(&bytes).map_or((0, false), |skip| (skip, true));
-        Ok(ProbePlace { file_offset: file_offset + skip, address: place.address.wrapping_add(skip), emulated })
+        Ok(ProbePlace {
+            file_offset: file_offset + skip,
+            address: place.address.wrapping_add(skip),
+            emulated,
+        })
     }
 }
 
@@ -296,7 +302,10 @@ mod tests {
 
     #[test]
     fn a_note_without_end_is_no_build_id() {
-        assert_eq!(find_build_id(&[4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 3, 0, 0, 0, b'G', b'N', b'U', 0], 4), None);
+        assert_eq!(
+            find_build_id(&[4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 3, 0, 0, 0, b'G', b'N', b'U', 0], 4),
+            None
+        );
         let id = [4, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, b'G', b'N', b'U', 0, 0xab, 0xcd];
         assert_eq!(find_build_id(&id, 4), Some(&[0xab, 0xcd][..]));
     }

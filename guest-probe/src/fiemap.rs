@@ -131,7 +131,11 @@ impl ExtentMap {
                 break;
             }
             let piece_end = end.min(extent.logical + extent.length);
-            each(Extent { logical: at, physical: extent.physical + (at - extent.logical), length: piece_end - at });
+            each(Extent {
+                logical: at,
+                physical: extent.physical + (at - extent.logical),
+                length: piece_end - at,
+            });
             at = piece_end;
         }
         at >= end
@@ -202,7 +206,8 @@ mod tests {
     #[test]
     fn a_page_in_two_places_comes_in_two_pieces() {
         let mut map = ExtentMap::default();
-        let extents = [(0, 0x10_0000, 0x5000, 0), (0x5000, 0x40_0000, 0x3000, 0), (0x9000, 0x80_0000, 0x4000, LAST)];
+        let extents =
+            [(0, 0x10_0000, 0x5000, 0), (0x5000, 0x40_0000, 0x3000, 0), (0x9000, 0x80_0000, 0x4000, LAST)];
         assert_eq!(map.add_answer(&answer(&extents), 0).unwrap(), None);
         assert_eq!(pieces(&map, 0, 0x4000), (vec![(0x10_0000, 0x4000)], true));
         assert_eq!(pieces(&map, 0x4000, 0x4000), (vec![(0x10_4000, 0x1000), (0x40_0000, 0x3000)], true));

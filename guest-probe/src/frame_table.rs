@@ -1,7 +1,8 @@
 //! The frame table: which page each frame of the pool holds, and whether it is as on disk, kept from events.
 //!
-//! Probes are attached first, then the snapshot is read, then all events since are applied to it. Each event sets what it says, so
-//! events that the snapshot has seen already do no harm when they are applied again: whatever came last for a frame, comes last.
+//! Probes are attached first, then the snapshot is read, then all events since its beginning are applied to it. Each event sets what it
+//! says, so events that the snapshot has seen already do no harm when they are applied again: whatever came last for a frame, comes
+//! last. (With a gap among them that does not hold: `session.rs` drops events from before a loss.)
 //! (`event.rs` says which moment each event is sent at, so that the table never trusts a frame too early.)
 
 use crate::event::{Event, EventKind};

@@ -203,7 +203,12 @@ mod tests {
         }
     }
 
-    fn judged(block: &ControlBlock, state: Option<FrameState>, flags: u32, deleted: u8) -> Result<ListKind, LeftOut> {
+    fn judged(
+        block: &ControlBlock,
+        state: Option<FrameState>,
+        flags: u32,
+        deleted: u8,
+    ) -> Result<ListKind, LeftOut> {
         let catalogue = Catalogue::built_in().unwrap();
         let build = catalogue.find("cc8a18826385d7182761a4a8f41044748267244d").unwrap();
         let mut space = vec![0; build.space_bytes()];

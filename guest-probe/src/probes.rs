@@ -128,7 +128,8 @@ impl Probes {
         let pid = u32::try_from(process.pid).ok().and_then(NonZeroU32::new);
         let scope = UProbeScope::OneProcess(pid.ok_or(ProbeError::Pid(process.pid))?);
         let layout = LayoutGlobal(build.event_layout(ring_bytes / 2));
-        let log_level: u8 = if tracing::enabled!(tracing::Level::DEBUG) { aya_log::Level::Debug as u8 } else { 0 };
+        let log_level: u8 =
+            if tracing::enabled!(tracing::Level::DEBUG) { aya_log::Level::Debug as u8 } else { 0 };
         let mut ebpf = EbpfLoader::new()
             .override_global("LAYOUT", GlobalData::from(&layout), true)
             .override_global(aya_log::LEVEL, GlobalData::from(&log_level), true)
@@ -139,7 +140,8 @@ impl Probes {
         let counters = ebpf.take_map("COUNTERS").ok_or(ProbeError::Missing("map", "COUNTERS"))?;
         let counters = PerCpuArray::try_from(counters)?;
         // Dropping the logger would make the programs' log map go away before they are loaded.
-        let logger = EbpfLogger::init(&mut ebpf).inspect_err(|error| tracing::warn!(%error, "no log of the eBPF programs"));
+        let logger = EbpfLogger::init(&mut ebpf)
+            .inspect_err(|error| tracing::warn!(%error, "no log of the eBPF programs"));
         let mut probes = Self { ebpf, ring, counters, logger: logger.ok(), attached: Vec::new() };
         let wanted = attachments(&build.functions);
         let names: Vec<&str> = wanted.iter().map(|attachment| attachment.symbol).collect();

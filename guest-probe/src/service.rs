@@ -90,7 +90,8 @@ pub async fn serve(
     let mut interrupt = signal(SignalKind::interrupt()).map_err(system("wait for SIGINT"))?;
     let mut terminate = signal(SignalKind::terminate()).map_err(system("wait for SIGTERM"))?;
     let listener = listen(socket)?;
-    let _counting = with_statistics.then(statistics::count).transpose().map_err(system("let the kernel count"))?;
+    let _counting =
+        with_statistics.then(statistics::count).transpose().map_err(system("let the kernel count"))?;
     let mut service = Service::start(options)?;
     let process = open_pid(service.session.server().process.pid).map_err(system("watch mysqld"))?;
     let ended = wait_for(process.as_fd()).map_err(system("wait for mysqld's end"))?;

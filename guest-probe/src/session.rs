@@ -29,6 +29,10 @@ use crate::status::Answer;
 use crate::storage_map::{DiskRule, StorageMap};
 use crate::wrong_hints::WrongHints;
 
+/// Before a snapshot, calls that were told of at their entry are given this time to come to their end.
+const GRACE: Duration = Duration::from_millis(20);
+/// How often a snapshot is taken anew because events were lost meanwhile; the rest is for the next time.
+const SNAPSHOTS_AT_ONCE: u32 = 3;
 /// A pool that is changing its shape is looked at again after this time at the earliest.
 const BETWEEN_SNAPSHOTS: Duration = Duration::from_secs(2);
 
@@ -223,9 +227,11 @@ impl Session {
     /// [`SessionError`] when the process is gone.
     pub fn settle(&mut self) -> Result<(), SessionError> {
         self.drain()?;
-        if self.wants_snapshot {
-            self.snapshot()?;
-            self.drain()?;
+        for _ in 0..SNAPSHOTS_AT_ONCE {
+            if self.wants_snapshot {
+                self.snapshot()?;
+                self.drain()?;
+            }
         }
         if self.wants_scan {
             self.spaces = Spaces::scan(&self.server.process).map_err(SessionError::Spaces)?;
@@ -320,6 +326,11 @@ impl Session {
         (self.snapshots, self.snapshot_took)
     }
 
+    /// Whether something has happened that only a new snapshot settles.
+    pub fn wants_snapshot(&self) -> bool {
+        self.wants_snapshot
+    }
+
     /// Hints that were made wrong on purpose.
     pub fn hints_made_wrong(&self) -> u64 {
         self.wrong_hints.as_ref().map_or(0, WrongHints::made_wrong)
@@ -346,10 +357,15 @@ impl Session {
         Ok(())
     }
 
-    /// Reads the pool anew. Events from before, still in the ring buffer, are applied to it again, which does no harm.
+    /// Reads the pool anew; the events from then on are applied to it afterwards. Events from before are not: where some were lost,
+    /// an older one would undo what the pool says now. A call whose event is dropped here and that ends only after its block was read
+    /// leaves a frame wrong until that one's next event; the lists' own look at the block covers it.
     fn snapshot(&mut self) -> Result<(), SessionError> {
-        // Counted before the pool is read: an event that is lost while it is read asks for another snapshot.
+        // Counted first: an event that is lost from here on asks for another snapshot.
         let missed = self.probes.missed()?.total();
+        let events = &mut self.events;
+        self.probes.drain(|kind, _| *events.entry(kind).or_default() += 1);
+        std::thread::sleep(GRACE);
         let start = Instant::now();
         self.table = self.server.control_blocks()?.snapshot()?;
         self.missed_at_snapshot = missed;
