@@ -234,7 +234,8 @@ mod tests {
             assert_eq!(judged(&block(), state, 0, 0), Err(LeftOut::TableDiffers));
         }
         assert_eq!(judged(&block(), Some(FrameState::Dirty(ID)), 0, 0), Err(LeftOut::Dirty));
-        let doubts: [(fn(&mut ControlBlock), LeftOut); 7] = [
+        type Doubt = fn(&mut ControlBlock);
+        let doubts: [(Doubt, LeftOut); 7] = [
             (|block| block.oldest = 1, LeftOut::Dirty),
             (|block| block.io_pending = true, LeftOut::IoPending),
             (|block| block.fix_count = 1, LeftOut::InUse),

@@ -42,7 +42,11 @@ impl Disk {
         // A killed test's partition may still be known.
         let _ = Command::new("delpart").arg(device).arg("1").output();
         let sectors = DISK_BYTES / 512 - PARTITION_START;
-        run(Command::new("addpart").arg(device).args(["1", &PARTITION_START.to_string(), &sectors.to_string()]))?;
+        run(Command::new("addpart").arg(device).args([
+            "1",
+            &PARTITION_START.to_string(),
+            &sectors.to_string(),
+        ]))?;
         let mut name = device.as_os_str().to_owned();
         name.push("p1");
         let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(device)?;
@@ -66,9 +70,9 @@ impl Disk {
         let mut room = vec![0_u8; length + DIRECT_BYTES];
         let skip = room.as_ptr().align_offset(DIRECT_BYTES);
         let aligned = &mut room[skip..skip + length];
-        self.file
-            .read_exact_at(aligned, offset)
-            .with_context(|| format!("cannot read {length} bytes at {offset} of {}", self.device.display()))?;
+        self.file.read_exact_at(aligned, offset).with_context(|| {
+            format!("cannot read {length} bytes at {offset} of {}", self.device.display())
+        })?;
         Ok(aligned.to_vec())
     }
 }

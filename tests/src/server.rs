@@ -249,7 +249,12 @@ impl Place {
         let c_string = |path: &Path| CString::new(path.as_os_str().as_bytes());
         let root = c_string(&self.root)?;
         let mut mounts = vec![
-            (c_string(&self.run_dir)?, c_string(&self.root.join("run/mysqld"))?, c"".to_owned(), libc::MS_BIND),
+            (
+                c_string(&self.run_dir)?,
+                c_string(&self.root.join("run/mysqld"))?,
+                c"".to_owned(),
+                libc::MS_BIND,
+            ),
             (c_string(&self.tmp_dir)?, c_string(&self.root.join("tmp"))?, c"".to_owned(), libc::MS_BIND),
         ];
         if let Some(disk) = disk {
@@ -302,7 +307,9 @@ fn template() -> Result<PathBuf> {
     File::create(&partial)?.set_len(DISK_BYTES)?;
     {
         let disk = Disk::attach(&partial)?;
-        run(Command::new("mkfs.ext4").args(["-q", "-E", "lazy_itable_init=0,lazy_journal_init=0"]).arg(&disk.partition))?;
+        run(Command::new("mkfs.ext4")
+            .args(["-q", "-E", "lazy_itable_init=0,lazy_journal_init=0"])
+            .arg(&disk.partition))?;
         fill(disk, &dir)?;
     }
     fs::rename(&partial, &image)?;

@@ -103,7 +103,8 @@ impl Memory {
             ensure!(blocks_in_chunk < 10_000_000, "{blocks_in_chunk} blocks");
             let raw = self.read(blocks, blocks_in_chunk as usize * BLOCK)?;
             for block in raw.chunks_exact(BLOCK) {
-                let u32_at = |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
+                let u32_at =
+                    |at: usize| u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]]);
                 let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
                 found.insert(
                     u64_at(0x100),

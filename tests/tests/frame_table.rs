@@ -46,7 +46,12 @@ fn compare(session: &Session, memory: &Memory) -> Result<Vec<u64>> {
     let blocks = memory.control_blocks()?;
     ensure!(!blocks.is_empty());
     let in_table: Vec<u64> = session.table().iter().map(|(frame, _)| frame.0).collect();
-    ensure!(in_table.iter().eq(blocks.keys()), "{} frames in the table, {} blocks", in_table.len(), blocks.len());
+    ensure!(
+        in_table.iter().eq(blocks.keys()),
+        "{} frames in the table, {} blocks",
+        in_table.len(),
+        blocks.len()
+    );
     let mut less = Vec::new();
     for (frame, block) in &blocks {
         let state = session.table().get(FrameAddr(*frame));

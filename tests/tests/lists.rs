@@ -1,0 +1,170 @@
+//! The lists against the disk: what would be listed is byte for byte what lies at the place that is named, read from the whole disk.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use enlightenment::device::UserRun;
+use guest_probe::control_blocks::BlocksError;
+use guest_probe::left_out::LeftOut;
+use guest_probe::lists::ListSummary;
+use guest_probe::session::{Options, Session};
+use guest_probe::storage_map::DiskRule;
+use tests::server::{Server, wait_for};
+use tests::truth::{Memory, PAGE};
+
+/// Bytes in a guest page.
+const GUEST_PAGE: usize = 4096;
+
+fn start(server: &Server, rule: DiskRule) -> Result<Session> {
+    Ok(Session::start(&Options { pid: Some(server.pid()), rule, ..Options::default() })?)
+}
+
+fn lists(session: &mut Session) -> Result<(Vec<UserRun>, ListSummary)> {
+    let mut runs = Vec::new();
+    let summary = session.lists(|piece| {
+        runs.extend_from_slice(piece);
+        Ok::<(), BlocksError>(())
+    })?;
+    Ok((runs, summary))
+}
+
+/// Compares all guest pages of the runs with the disk; returns how many there are. The server is stopped meanwhile.
+fn compare(runs: &[UserRun], server: &Server, memory: &Memory) -> Result<u64> {
+    let (major, minor) = server.disk.number()?;
+    let mut pages = 0;
+    for run in runs {
+        ensure!(run.vdev == major << 20 | minor, "run {run:?} is on another disk");
+        let length = usize::from(run.pages) * GUEST_PAGE;
+        let in_memory = memory.read(run.address, length)?;
+        let on_disk = server.disk.read(run.disk_offset, length)?;
+        for (index, (left, right)) in in_memory.chunks(GUEST_PAGE).zip(on_disk.chunks(GUEST_PAGE)).enumerate()
+        {
+            ensure!(left == right, "guest page {index} of {run:?} differs from the disk");
+        }
+        pages += u64::from(run.pages);
+    }
+    Ok(pages)
+}
+
+#[test]
+fn listed_pages_are_what_lies_on_the_disk() -> Result<()> {
+    let server = Server::start(&[])?;
+    let memory = Memory::open(server.pid())?;
+    let load = server.load(4)?;
+    let mut session = start(&server, DiskRule::Any)?;
+    let mut pages = 0;
+    let (mut read, mut written) = (0, 0);
+    for _ in 0..10 {
+        sleep(Duration::from_millis(1500));
+        session.update()?;
+        let stopped = server.stop()?;
+        let (runs, summary) = lists(&mut session)?;
+        let compared = compare(&runs, &server, &memory)?;
+        ensure!(compared == summary.pages, "{compared} pages in runs, {} counted", summary.pages);
+        ensure!(runs.len() as u64 == summary.runs);
+        pages += compared;
+        read += summary.frames_read;
+        written += summary.frames_written;
+        let blocks = memory.control_blocks()?;
+        ensure!(blocks.len() as u64 == summary.pool_frames);
+        let clean =
+            blocks.values().filter(|block| block.is_file_page && !block.dirty && block.io_fix == 0).count();
+        ensure!(clean as u64 == summary.pool_frames_clean);
+        let left_out: u64 = summary.left_out.values().sum();
+        let with_page = blocks.values().filter(|block| block.is_file_page).count() as u64;
+        ensure!(summary.frames_read + summary.frames_written + left_out == with_page, "{summary:?}");
+        drop(stopped);
+    }
+    println!("{pages} guest pages compared, of {read} read and {written} written frames");
+    ensure!(read > 1_000 && written > 1_000, "{read} read, {written} written");
+    // On an idle pool nearly all clean frames are listed.
+    drop(load);
+    wait_for("at least 95 % of the clean frames to be listed", || {
+        sleep(Duration::from_millis(500));
+        let (_, summary) = lists(&mut session)?;
+        let listed = summary.frames_read + summary.frames_written;
+        Ok(listed * 100 >= summary.pool_frames_clean * 95)
+    })
+}
+
+#[test]
+fn what_is_not_on_disk_as_in_memory_is_left_out() -> Result<()> {
+    let server = Server::start(&[])?;
+    let memory = Memory::open(server.pid())?;
+    let mut session = start(&server, DiskRule::Any)?;
+    // Incompressible and compressible alike, in each kind of table.
+    let rows = "SELECT id, k, REPEAT(c, 3), pad FROM sbtest.sbtest1 LIMIT 4000";
+    server.sql(&format!(
+        "CREATE TABLE sbtest.packed (id INT PRIMARY KEY, k INT, c TEXT, pad CHAR(60)) ROW_FORMAT=COMPRESSED {rows}; \
+         CREATE TABLE sbtest.holes (id INT PRIMARY KEY, k INT, c TEXT, pad CHAR(60)) COMPRESSION='zlib' {rows}; \
+         CREATE TABLE sbtest.dropped (id INT PRIMARY KEY, k INT, c TEXT, pad CHAR(60)) {rows}; \
+         CREATE TABLE sbtest.emptied (id INT PRIMARY KEY, k INT, c TEXT, pad CHAR(60)) {rows}; \
+         CREATE TABLE sbtest.moved (id INT PRIMARY KEY, k INT, c TEXT, pad CHAR(60)) {rows}; \
+         SET GLOBAL innodb_max_dirty_pages_pct_lwm=0; SET GLOBAL innodb_max_dirty_pages_pct=0;"
+    ))?;
+    wait_for("all pages to be flushed", || Ok(memory.control_blocks()?.values().all(|block| !block.dirty)))?;
+    let all = {
+        let stopped = server.stop()?;
+        let (runs, summary) = lists(&mut session)?;
+        compare(&runs, &server, &memory)?;
+        drop(stopped);
+        summary
+    };
+    for reason in [LeftOut::Compressed, LeftOut::Hole] {
+        ensure!(all.left_out.contains_key(&reason), "{reason:?}: {:?}", all.left_out);
+    }
+    // The frames of a dropped and of an emptied table stay in the pool for a while.
+    server.sql("DROP TABLE sbtest.dropped; TRUNCATE TABLE sbtest.emptied; RENAME TABLE sbtest.moved TO sbtest.moved_away")?;
+    let stopped = server.stop()?;
+    let (runs, after) = lists(&mut session)?;
+    compare(&runs, &server, &memory)?;
+    drop(stopped);
+    println!("left out {:?}, after the drop {:?}", all.left_out, after.left_out);
+    ensure!(after.left_out.contains_key(&LeftOut::Stale), "{:?}", after.left_out);
+    // The renamed table's file is found again.
+    wait_for("the renamed file to be found", || {
+        let (_, summary) = lists(&mut session)?;
+        Ok(!summary.left_out.contains_key(&LeftOut::FileGone))
+    })
+}
+
+#[test]
+fn disks_that_are_none_of_xen_s_are_not_published() -> Result<()> {
+    let server = Server::start(&[])?;
+    server.sql("SELECT COUNT(*) FROM sbtest.sbtest1 WHERE pad != ''")?;
+    let mut session = start(&server, DiskRule::Xen)?;
+    let (runs, summary) = lists(&mut session)?;
+    ensure!(runs.is_empty() && summary.pages == 0, "{summary:?}");
+    ensure!(summary.left_out.get(&LeftOut::NotXen).is_some_and(|count| *count > 1_000), "{summary:?}");
+    Ok(())
+}
+
+#[test]
+fn wrong_hints_are_wrong_but_keep_to_the_pool_s_memory() -> Result<()> {
+    let server = Server::start(&[])?;
+    let memory = Memory::open(server.pid())?;
+    server.sql("SELECT COUNT(*) FROM sbtest.sbtest1 WHERE pad != ''")?;
+    let options =
+        Options { pid: Some(server.pid()), rule: DiskRule::Any, wrong_hints: Some(7), ..Options::default() };
+    let mut session = Session::start(&options)?;
+    let (runs, _) = lists(&mut session)?;
+    let blocks = memory.control_blocks()?;
+    let mut wrong = 0;
+    for run in &runs {
+        let last = run.address + u64::from(run.pages - 1) * GUEST_PAGE as u64;
+        for address in [run.address, last] {
+            let frame = blocks.range(..=address).next_back().map(|(frame, _)| *frame);
+            ensure!(frame.is_some_and(|frame| address - frame < PAGE as u64), "{run:?} is outside the pool");
+        }
+        let length = usize::from(run.pages) * GUEST_PAGE;
+        let on_disk = server.disk.read(run.disk_offset, length);
+        let same =
+            on_disk.is_ok_and(|bytes| memory.read(run.address, length).is_ok_and(|frame| frame == bytes));
+        wrong += u64::from(!same);
+    }
+    println!("{wrong} of {} runs are wrong", runs.len());
+    ensure!(wrong * 10 > runs.len() as u64, "{wrong} of {} runs are wrong", runs.len());
+    ensure!(session.hints_made_wrong() > 0);
+    Ok(())
+}
