@@ -52,10 +52,7 @@ fn carry(socket: &TcpStream) -> (CarriedReport, io::Result<()>) {
         (Err(error), _) | (_, Err(error)) => return (CarriedReport::default(), Err(error)),
     };
     std::thread::scope(|scope| {
-        let back = scope.spawn(move || {
-            let mut socket: &TcpStream = socket;
-            io::copy(&mut socket, &mut File::from(output))
-        });
+        let back = scope.spawn(move || backward(socket, &File::from(output)));
         let mut follower = Follower::default();
         let mut report = CarriedReport::default();
         let there = forward(&File::from(input), socket, &mut follower, &mut report.bytes_sent);
@@ -70,6 +67,24 @@ fn carry(socket: &TcpStream) -> (CarriedReport, io::Result<()>) {
 
 fn own(stream: &impl AsFd) -> io::Result<OwnedFd> {
     stream.as_fd().try_clone_to_owned()
+}
+
+/// Passes everything from a socket to a pipe, each piece as it comes: xl waits for answers of a few bytes. (`io::copy` would
+/// splice here, and the kernel's splice from a TCP socket returns only when the socket ends or has given all that was asked.)
+fn backward(mut socket: &TcpStream, mut pipe: &File) -> io::Result<u64> {
+    let mut buffer = vec![0; 64 * 1024];
+    let mut passed = 0;
+    loop {
+        match socket.read(&mut buffer) {
+            Ok(0) => return Ok(passed),
+            Ok(length) => {
+                pipe.write_all(buffer.get(..length).unwrap_or_default())?;
+                passed += length as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
 }
 
 /// Passes everything from a pipe to a socket, until the pipe's end; `sent` counts.
@@ -148,6 +163,23 @@ fn splice(pipe: &File, socket: &TcpStream, length: u64, sent: &mut u64) -> io::R
 mod tests {
     use super::*;
     use std::net::TcpListener;
+
+    #[test]
+    fn an_answer_arrives_while_the_connection_stays_open() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        let (mut read_end, write_end) = io::pipe().unwrap();
+        let back = std::thread::spawn(move || backward(&near, &File::from(OwnedFd::from(write_end))));
+        for answer in [b"banner", b"ready!"] {
+            far.write_all(answer).unwrap();
+            let mut arrived = [0; 6];
+            read_end.read_exact(&mut arrived).unwrap();
+            assert_eq!(&arrived, answer);
+        }
+        drop(far);
+        assert_eq!(back.join().unwrap().unwrap(), 12);
+    }
 
     #[test]
     fn everything_arrives_in_order() {

@@ -286,6 +286,8 @@ struct Seen {
     carried: Option<CarriedReport>,
     save_helper: Option<u32>,
     carrier: bool,
+    /// xl has gone so far that it starts the helper, if it has not done so.
+    saving: bool,
     interrupted: bool,
 }
 
@@ -357,7 +359,10 @@ impl Run<'_> {
                 let _ = self.link.stream.shutdown(Shutdown::Both);
             }
             Happening::Gone(Role::Restore) => {}
-            Happening::Line(line) => self.progress.line(&line),
+            Happening::Line(line) => {
+                self.seen.saving |= line.starts_with("Saving to migration stream");
+                self.progress.line(&line);
+            }
             Happening::Signal(signal) => {
                 self.seen.interrupted = true;
                 self.progress.line(&format!("{signal}: giving up, the domain stays here"));
@@ -365,15 +370,20 @@ impl Run<'_> {
         }
     }
 
-    /// Ends the save, by which the domain runs on here. Only the helper is told: xl then resumes the domain and ends. Once the
-    /// memory is sent there is no helper any more, and what xl does then had better not be cut off.
+    /// Ends the save, by which the domain runs on here. Only the helper is told: xl then resumes the domain and ends. Before
+    /// there is a helper nothing has been done to the domain, and xl itself is told; once the memory is sent there is no helper
+    /// any more, and what xl does then had better not be cut off.
     fn interrupt(&mut self) {
         let helper = match self.helper {
-            HelperKind::Poolskip => self.seen.save_helper.filter(|_| self.seen.saved.is_none()),
+            HelperKind::Poolskip => self.seen.save_helper,
             HelperKind::Stock => stock_helper(self.xl.pid()),
         };
-        if let Some(pid) = helper {
-            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
+        match helper {
+            Some(pid) if self.seen.saved.is_none() => {
+                let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
+            }
+            None if !self.seen.saving => self.xl.signal(Signal::SIGTERM),
+            _ => {}
         }
     }
 }
