@@ -24,6 +24,8 @@ pub struct Config {
     /// Source: passes over memory, counted from the first, in which pages may go by reference. A page that is sent again
     /// was written to after the lists were taken, so its hint is most likely stale: 1 by default.
     pub reference_passes: u32,
+    /// Source: threads that hash the pages of one record, the filter's own among them.
+    pub hashers: usize,
     /// Source: how long [`SourceFilter::drain`](super::SourceFilter::drain) waits before it sends retained pages raw.
     pub drain_timeout: Duration,
     /// Source: how long the target may take to answer the hello. The target waits for the hello as long as the stream lasts,
@@ -50,6 +52,7 @@ impl Default for Config {
             window_bytes: 256 << 20,
             references: true,
             reference_passes: 1,
+            hashers: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4)),
             drain_timeout: Duration::from_secs(30),
             hello_timeout: Duration::from_secs(30),
             readers: 4,

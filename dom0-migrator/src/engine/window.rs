@@ -64,9 +64,9 @@ impl Window {
         self.next
     }
 
-    /// Whether another page fits.
-    pub fn has_room(&self) -> bool {
-        !self.free.is_empty() || self.taken < self.capacity
+    /// How many more pages fit.
+    pub fn room(&self) -> usize {
+        self.free.len() + (self.capacity - self.taken) as usize
     }
 
     /// Retains a page and gives it the next number. The PFN must have been [superseded](Self::supersede) before. `None`:
@@ -172,7 +172,7 @@ mod tests {
         let mut window = Window::new(2);
         let a = window.retain(5, &[1; PAGE]).unwrap();
         let b = window.retain(6, &[2; PAGE]).unwrap();
-        assert!(!window.has_room() && window.retain(7, &[3; PAGE]).is_none());
+        assert!(window.room() == 0 && window.retain(7, &[3; PAGE]).is_none());
         assert!(window.supersede(5));
         assert!(!window.supersede(5));
         let c = window.retain(5, &[4; PAGE]).unwrap();

@@ -1,0 +1,194 @@
+//! The source's filter: between libxenguest and the network.
+//!
+//! One thread owns the window and both ends of the stream, so that the order in which it handles things *is* the order of
+//! truth: what it writes later is newer. A second thread only reads the side channel and hands verdicts over.
+//!
+//! # The rule for a page that goes by reference
+//! What one would like is to forget a page once its reference is sent. But the target may refuse it, much later, when the
+//! guest has long written to the page and libxenguest will not send it again before the next pass, or, after suspension,
+//! never. So the bytes that were hashed are kept (the [`Window`]) until one of these comes to pass, whichever is first:
+//!
+//! * the target accepts: the bytes are in libxenguest's hands there; forget them;
+//! * the target refuses: send the bytes, as ordinary PAGE_DATA, and forget them;
+//! * an entry of any type for the same PFN comes: it is newer; forget them. A verdict that is already on its way names the
+//!   reference by number, and a number that is settled is not looked at again;
+//! * time is over, or the side channel is lost: send the bytes, as if refused.
+//!
+//! In every case what the target knows last about the PFN is what libxenguest sent last.
+
+mod filter;
+mod plan;
+mod settle;
+mod side;
+
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crossbeam_channel::{Sender, bounded, unbounded};
+
+use super::config::{Config, DiskName};
+use super::descriptor::{Input, Output, Ringer, bell};
+use super::error::EngineError;
+use super::memory_record::Builder;
+use super::reference_map::ReferenceMap;
+use super::summary::{DrainReport, SourceStats, SourceSummary};
+use super::window::Window;
+use filter::{Filter, Mode, Pass};
+use side::Side;
+
+/// What a [`SourceFilter`] stands between, and what it knows.
+#[derive(Debug)]
+pub struct SourceParts {
+    /// Where libxenguest's stream comes out: the reading end of a pipe or a socket pair.
+    pub from_save: OwnedFd,
+    /// The way to the target.
+    pub to_wire: OwnedFd,
+    /// The side channel, a connected socket; `None`: the stream passes through unchanged.
+    pub side: Option<OwnedFd>,
+    /// Where pages lie.
+    pub map: ReferenceMap,
+    /// The domain's disks, as the target is to find them.
+    pub disks: Vec<DiskName>,
+    /// Settings.
+    pub config: Config,
+}
+
+/// What libxenguest's thread asks of the filter's.
+#[derive(Debug)]
+enum Request {
+    Round(u32),
+    Drain(Sender<DrainReport>),
+    Suspended,
+}
+
+/// The source's filter.
+#[derive(Debug)]
+pub struct SourceFilter {
+    requests: Sender<Request>,
+    ringer: Ringer,
+    aborted: Arc<AtomicBool>,
+    stats: Arc<Mutex<SourceStats>>,
+    thread: JoinHandle<Result<SourceSummary, EngineError>>,
+}
+
+impl SourceFilter {
+    /// Says hello on the side channel, if there is one, and starts the filter. A side channel that does not answer is as good
+    /// as none: the stream passes through, and the summary says so.
+    ///
+    /// # Errors
+    /// [`EngineError::Start`] when threads or sockets cannot be had.
+    pub fn start(parts: SourceParts) -> Result<Self, EngineError> {
+        let SourceParts { from_save, to_wire, side, mut map, disks, config } = parts;
+        map.seal();
+        let (ringer, bell) = bell().map_err(EngineError::Start)?;
+        let (requests, requests_rx) = unbounded();
+        let aborted = Arc::new(AtomicBool::new(false));
+        let stats = Arc::new(Mutex::new(SourceStats::default()));
+        let mut summary = SourceSummary { pages_mapped: map.len(), ..SourceSummary::default() };
+        let side =
+            side.map(|fd| Side::open(fd, &disks, &map, &config, &ringer)).and_then(|opened| match opened {
+                Ok((side, answer)) => {
+                    summary.poolskip = true;
+                    summary.disks = answer.disks;
+                    Some(side)
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "no side channel: everything goes raw");
+                    summary.stats.side_channel_lost = true;
+                    None
+                }
+            });
+        let window = Window::new(side.as_ref().map_or(0, |side| side.window_pages));
+        let mut filter = Filter {
+            input: Input::new(from_save),
+            output: Output::new(to_wire),
+            bell,
+            requests: requests_rx,
+            aborted: Arc::clone(&aborted),
+            mode: if side.is_some() { Mode::Filter } else { Mode::PassThrough },
+            may_refer: side.is_some() && config.references,
+            side,
+            map,
+            window,
+            config,
+            drain: None,
+            syncs: (0, 0),
+            pass: Pass::default(),
+            stats: summary.stats.clone(),
+            shared: Arc::clone(&stats),
+            body: Vec::new(),
+            builder: Builder::default(),
+            head: Vec::new(),
+        };
+        let thread = std::thread::Builder::new()
+            .name("source-filter".into())
+            .spawn(move || {
+                let result = filter.run();
+                if let Some(side) = filter.side.take() {
+                    side.close();
+                }
+                filter.publish();
+                summary.stats = filter.stats;
+                result.map(|()| summary)
+            })
+            .map_err(EngineError::Start)?;
+        Ok(Self { requests, ringer, aborted, stats, thread })
+    }
+
+    fn ask(&self, request: Request) {
+        // A filter that has ended is noticed by `drain` and `finish`.
+        let _ = self.requests.send(request);
+        self.ringer.ring();
+    }
+
+    /// Tells that libxenguest begins a pass over memory (0 is the first).
+    pub fn enter_round(&self, iteration: u32) {
+        self.ask(Request::Round(iteration));
+    }
+
+    /// Call from libxenguest's thread, in the precopy policy, just before the domain is suspended. Returns when everything
+    /// written so far has been consumed and no reference is outstanding any more: what is not settled within
+    /// [`Config::drain_timeout`] is sent as it is. It also waits until the target has handed all of that to libxenguest, so that
+    /// nothing of it is still on the way while the domain is suspended. From then on nothing goes by reference.
+    ///
+    /// # Errors
+    /// [`EngineError::Gone`] when the filter has ended; [`finish`](Self::finish) tells why.
+    pub fn drain(&self) -> Result<DrainReport, EngineError> {
+        let (reply, report) = bounded(1);
+        self.ask(Request::Drain(reply));
+        report.recv().map_err(|_| EngineError::Gone)
+    }
+
+    /// Tells that the domain is suspended: nothing goes by reference from here on, drained or not.
+    pub fn suspended(&self) {
+        self.ask(Request::Suspended);
+    }
+
+    /// The counters as they are now.
+    pub fn stats(&self) -> SourceStats {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Whether the filter's thread has ended.
+    pub fn is_finished(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the end of the stream; the save side must have closed its end, or do so. On success everything up to the END
+    /// record is on the wire.
+    ///
+    /// # Errors
+    /// What ended the filter before END.
+    pub fn finish(self) -> Result<SourceSummary, EngineError> {
+        self.thread.join().map_err(|_| EngineError::Panicked)?
+    }
+
+    /// Ends the filter at the next record boundary. A filter that is blocked in a read or a write notices only when its
+    /// other side closes.
+    pub fn abort(&self) {
+        self.aborted.store(true, Ordering::Relaxed);
+        self.ringer.ring();
+    }
+}
