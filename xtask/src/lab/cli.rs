@@ -117,10 +117,13 @@ fn console(which: Which) -> Result<()> {
     let host = match which {
         Which::Source => Host::Source,
         Which::Target => Host::Target,
-        Which::Guest => bail!("the guest's console: cargo xtask lab run source tail -n 50 /var/log/xen/guest-db1.log"),
+        Which::Guest => {
+            bail!("the guest's console: cargo xtask lab run source tail -n 50 /var/log/xen/guest-db1.log")
+        }
     };
     let path = only()?.sockets.join(format!("{}.console", host.name()));
-    let mut stream = UnixStream::connect(&path).with_context(|| format!("no console at {}", path.display()))?;
+    let mut stream =
+        UnixStream::connect(&path).with_context(|| format!("no console at {}", path.display()))?;
     let mut from = stream.try_clone()?;
     thread::spawn(move || {
         let mut chunk = [0; 4096];

@@ -64,5 +64,8 @@ fn measure(session: &mut Session) -> Result<f64> {
 }
 
 fn now() -> Result<f64> {
-    Ok(SystemTime::now().duration_since(UNIX_EPOCH).context("this machine's clock is before 1970")?.as_secs_f64())
+    Ok(SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .context("this machine's clock is before 1970")?
+        .as_secs_f64())
 }

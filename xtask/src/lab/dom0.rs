@@ -85,7 +85,7 @@ impl Images {
     pub(super) fn get() -> Result<Self> {
         let area = Area::open(SUITE)?;
         let packages = area.resolve(PACKAGES)?;
-        let mut key = Key::new("lab-host-1").with(include_bytes!("files/initramfs-init"));
+        let mut key = Key::new("lab-host-2").with(include_bytes!("files/initramfs-init"));
         for package in &packages {
             key = key.with(package.to_string().as_bytes());
         }
@@ -169,7 +169,11 @@ fn make(area: &Area, packages: &[Package], dir: &Path) -> Result<()> {
     }
     finish_root(&root)?;
     let disk = dir.join("dom0.raw");
-    run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-L", "dom0", "-d"]).arg(&root).arg(&disk).arg("1500M"))?;
+    run(Command::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-L", "dom0", "-d"])
+        .arg(&root)
+        .arg(&disk)
+        .arg("1500M"))?;
     fs::remove_dir_all(&root)?;
     Ok(())
 }
@@ -185,13 +189,22 @@ pub(super) fn finish_root(root: &Path) -> Result<()> {
     for directory in ["dev", "proc", "sys", "run", "tmp", "root", "var/log", "var/tmp"] {
         fs::create_dir_all(root.join(directory))?;
     }
-    if fs::symlink_metadata(root.join("var/run")).is_err() {
-        symlink("/run", root.join("var/run"))?;
+    // Packages bring directories here; what their programs make at run time belongs to /run.
+    for (path, to) in [("var/run", "/run"), ("var/lock", "/run/lock")] {
+        let path = root.join(path);
+        if fs::symlink_metadata(&path).is_ok_and(|meta| meta.is_dir()) {
+            fs::remove_dir_all(&path)?;
+        }
+        if fs::symlink_metadata(&path).is_err() {
+            symlink(to, &path)?;
+        }
     }
     // Programs that no package here brings, from busybox.
     let applets = run(Command::new("chroot").arg(root).args(["/usr/bin/busybox", "--list"]))?;
     for applet in String::from_utf8_lossy(&applets).lines() {
-        let there = ["usr/bin", "usr/sbin"].iter().any(|dir| fs::symlink_metadata(root.join(dir).join(applet)).is_ok());
+        let there = ["usr/bin", "usr/sbin"]
+            .iter()
+            .any(|dir| fs::symlink_metadata(root.join(dir).join(applet)).is_ok());
         if !there {
             symlink("busybox", root.join("usr/bin").join(applet))?;
         }

@@ -82,7 +82,10 @@ fn build(images: &Images, disk: &Path, dir: &Path) -> Result<()> {
     step("booting the guest", || {
         source.must("xl create -q /lab/db1.cfg", Duration::from_secs(120))?;
         lab.guest().must(":", Duration::from_secs(180)).map(drop).with_context(|| {
-            let log = source.run("tail -n 30 /var/log/xen/guest-db1.log; xl list; xl dmesg | tail -n 20", Duration::from_secs(60));
+            let log = source.run(
+                "tail -n 30 /var/log/xen/guest-db1.log; xl list; xl dmesg | tail -n 20",
+                Duration::from_secs(60),
+            );
             format!("the guest does not answer: {}", log.map(|output| output.stdout).unwrap_or_default())
         })
     })?;
@@ -168,7 +171,9 @@ mod tests {
     #[test]
     fn a_cold_pool_is_not_taken_for_a_warm_one() {
         let status = |data: u64| {
-            format!("Innodb_buffer_pool_pages_data\t{data}\nInnodb_buffer_pool_pages_dirty\t0\nInnodb_buffer_pool_pages_total\t16000\n")
+            format!(
+                "Innodb_buffer_pool_pages_data\t{data}\nInnodb_buffer_pool_pages_dirty\t0\nInnodb_buffer_pool_pages_total\t16000\n"
+            )
         };
         assert!(check_pool(&status(15_000)).is_ok());
         assert!(check_pool(&status(9_000)).is_err());

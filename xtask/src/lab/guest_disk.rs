@@ -44,10 +44,11 @@ pub(super) fn get() -> Result<PathBuf> {
     let server = mysql::root()?;
     let area = Area::open("sid")?;
     // Only what the server's root does not have already, so that nothing in it changes.
-    let there = fs::read_to_string(server.join("packages.txt")).context("the MySQL root has no packages.txt")?;
+    let there =
+        fs::read_to_string(server.join("packages.txt")).context("the MySQL root has no packages.txt")?;
     let mut extra = area.resolve(&[EXTRA])?;
     extra.retain(|package| !there.lines().any(|line| line.split(' ').next() == Some(&package.name)));
-    let mut key = Key::new("lab-disk-1")
+    let mut key = Key::new("lab-disk-2")
         .with(server.file_name().unwrap_or_default().as_encoded_bytes())
         .with(format!("{DISK_BYTES} {PARTITION_OFFSET} {TABLES} {ROWS}").as_bytes())
         .with(include_bytes!("files/fill-disk"));
@@ -68,10 +69,11 @@ pub(super) fn get() -> Result<PathBuf> {
         finish_root(&root)?;
         fs::create_dir_all(root.join("run/mysqld"))?;
         step("loading sysbench's tables into a MySQL data directory", || {
-            run(contained().args(["chroot"]).arg(&root).arg("/lab/prepare-data").args([
-                TABLES.to_string(),
-                ROWS.to_string(),
-            ]))
+            run(contained()
+                .args(["chroot"])
+                .arg(&root)
+                .arg("/lab/prepare-data")
+                .args([TABLES.to_string(), ROWS.to_string()]))
         })?;
         for left in ["run/mysqld", "lab/prepare-data"] {
             let left = root.join(left);

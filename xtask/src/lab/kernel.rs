@@ -28,7 +28,9 @@ pub fn kernel_headers() -> Result<PathBuf> {
     let packages: Vec<Package> = area
         .resolve(&[&format!("linux-headers-{release}")])?
         .into_iter()
-        .filter(|package| ["linux-headers-", "linux-kbuild-"].iter().any(|start| package.name.starts_with(start)))
+        .filter(|package| {
+            ["linux-headers-", "linux-kbuild-"].iter().any(|start| package.name.starts_with(start))
+        })
         .collect();
     let list = packages.iter().map(Package::to_string).collect::<Vec<_>>().join("\n");
     let key = Key::new("kernel-headers-1").with(list.as_bytes());

@@ -176,7 +176,11 @@ impl Spawned {
                 stderr: raw.stderr.clone(),
             }),
             Some(End::Lost) => {
-                bail!("the connection to {} ended before the command did; until then: {}", self.machine.name, guard.0.tail())
+                bail!(
+                    "the connection to {} ended before the command did; until then: {}",
+                    self.machine.name,
+                    guard.0.tail()
+                )
             }
             None => bail!("no end after {} s; until then: {}", limit.as_secs(), guard.0.tail()),
         }
@@ -195,10 +199,9 @@ impl Drop for Spawned {
     fn drop(&mut self) {
         if !self.has_ended() {
             // The machine may be gone already, and the command with it.
-            let _ = self
-                .machine
-                .shell(Duration::from_secs(2))
-                .and_then(|shell| shell.run(&format!("kill -KILL -- -{}", self.group), Duration::from_secs(5)));
+            let _ = self.machine.shell(Duration::from_secs(2)).and_then(|shell| {
+                shell.run(&format!("kill -KILL -- -{}", self.group), Duration::from_secs(5))
+            });
         }
         let _ = self.stream.shutdown(Shutdown::Both);
     }
@@ -228,7 +231,8 @@ impl State {
         loop {
             let length = from.read(&mut chunk).unwrap_or(0);
             let mut guard = self.lock();
-            let end = if length == 0 { Some(End::Lost) } else { guard.0.feed(&chunk[..length]).map(End::Answer) };
+            let end =
+                if length == 0 { Some(End::Lost) } else { guard.0.feed(&chunk[..length]).map(End::Answer) };
             if end.is_some() {
                 guard.1 = end;
                 self.changed.notify_all();

@@ -25,7 +25,7 @@ pub use raised::{Lab, Options};
 pub use shell::Output;
 
 /// The guest's memory (`files/db1.cfg`).
-pub const GUEST_MEMORY_BYTES: u64 = 640 << 20;
+pub const GUEST_MEMORY_BYTES: u64 = 704 << 20;
 
 /// Its server's buffer pool (`files/my.cnf`).
 pub const GUEST_POOL_BYTES: u64 = 256 << 20;

@@ -205,7 +205,11 @@ impl Qemu {
     pub(super) fn check(&mut self) -> Result<()> {
         if let Some(status) = self.child.try_wait()? {
             let words = fs::read_to_string(self.config.words()).unwrap_or_default();
-            bail!("QEMU of {} ended with {status}:\n{words}\n{}", self.config.host.name(), self.console_tail());
+            bail!(
+                "QEMU of {} ended with {status}:\n{words}\n{}",
+                self.config.host.name(),
+                self.console_tail()
+            );
         }
         Ok(())
     }
@@ -249,7 +253,10 @@ impl Drop for Qemu {
 /// # Errors
 /// When qemu-img fails.
 pub(super) fn make_overlay(base: &Path, overlay: &Path) -> Result<()> {
-    run(Command::new("qemu-img").args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(base).arg(overlay))?;
+    run(Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+        .arg(base)
+        .arg(overlay))?;
     Ok(())
 }
 
@@ -263,7 +270,9 @@ pub(super) fn version() -> Result<String> {
     let line = words.lines().next().unwrap_or_default();
     match parse_version(line) {
         Some(version) if version >= (8, 2) => Ok(line.to_owned()),
-        _ => bail!("the lab needs QEMU 8.2 or newer, this is {line:?}: `cargo xtask setup` installs Debian's backport"),
+        _ => bail!(
+            "the lab needs QEMU 8.2 or newer, this is {line:?}: `cargo xtask setup` installs Debian's backport"
+        ),
     }
 }
 

@@ -94,7 +94,9 @@ impl Monitor {
                 Some("failed" | "cancelled") => {
                     bail!("QEMU failed: {}", state["error-desc"].as_str().unwrap_or("no reason given"))
                 }
-                _ if start.elapsed() > STATE => bail!("QEMU is not done after {} s: {state}", STATE.as_secs()),
+                _ if start.elapsed() > STATE => {
+                    bail!("QEMU is not done after {} s: {state}", STATE.as_secs())
+                }
                 _ => thread::sleep(Duration::from_millis(50)),
             }
         }

@@ -126,7 +126,8 @@ impl Lab {
         };
         let source = start(Host::Source)?;
         let target = start(Host::Target)?;
-        let ports = |of: fn(&Config) -> u16| [&source, &target].map(|running| of(running.0.config())).to_vec();
+        let ports =
+            |of: fn(&Config) -> u16| [&source, &target].map(|running| of(running.0.config())).to_vec();
         run_dir.record(&Record {
             pid: std::process::id(),
             sockets: run_dir.sockets().to_owned(),
@@ -146,14 +147,21 @@ impl Lab {
             }
             let log = fs::read(self.qemu(host).config().console_log()).unwrap_or_default();
             let log = String::from_utf8_lossy(&log);
-            if let Some(line) = log.lines().find(|line| line.contains("LAB-FAILED") || line.contains("Panic on CPU")) {
+            if let Some(line) =
+                log.lines().find(|line| line.contains("LAB-FAILED") || line.contains("Panic on CPU"))
+            {
                 bail!("{} does not come up: {line}\n{}", host.name(), self.qemu(host).console_tail());
             }
             if log.contains("LAB-READY") {
                 return machine.run(":", SHORT).map(drop);
             }
             if start.elapsed() > BOOT {
-                bail!("{} is not up after {} s\n{}", host.name(), BOOT.as_secs(), self.qemu(host).console_tail());
+                bail!(
+                    "{} is not up after {} s\n{}",
+                    host.name(),
+                    BOOT.as_secs(),
+                    self.qemu(host).console_tail()
+                );
             }
             thread::sleep(Duration::from_millis(200));
         }
@@ -266,7 +274,10 @@ impl Lab {
                 config.console_log().display()
             );
         }
-        words += &format!("  guest   shell: cargo xtask lab run guest CMD; disk {}\n", self.run_dir.disks().join("shared.raw").display());
+        words += &format!(
+            "  guest   shell: cargo xtask lab run guest CMD; disk {}\n",
+            self.run_dir.disks().join("shared.raw").display()
+        );
         words += &format!("  tables  sbtest.sbtest1 to sbtest{}", guest_disk::TABLES);
         words
     }

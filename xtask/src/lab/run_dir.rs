@@ -54,7 +54,9 @@ impl RunDir {
         fs::create_dir_all(&disks).with_context(|| format!("cannot make {}", disks.display()))?;
         let sockets = tempfile::Builder::new().prefix("poolskip-lab-").tempdir()?.keep();
         let mut run_dir = Self { disks, sockets, lock: None };
-        register(|registered| registered.directories.extend([run_dir.disks.clone(), run_dir.sockets.clone()]));
+        register(|registered| {
+            registered.directories.extend([run_dir.disks.clone(), run_dir.sockets.clone()])
+        });
         let lock = File::create(run_dir.disks.join("lock"))?;
         let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock)
             .map_err(|(_, error)| error)
@@ -93,7 +95,9 @@ impl RunDir {
 impl Drop for RunDir {
     fn drop(&mut self) {
         remove(&[self.disks.clone(), self.sockets.clone()]);
-        register(|registered| registered.directories.retain(|dir| *dir != self.disks && *dir != self.sockets));
+        register(|registered| {
+            registered.directories.retain(|dir| *dir != self.disks && *dir != self.sockets)
+        });
     }
 }
 
@@ -172,7 +176,8 @@ struct Registered {
     processes: Vec<u32>,
 }
 
-static REGISTERED: Mutex<Registered> = Mutex::new(Registered { directories: Vec::new(), processes: Vec::new() });
+static REGISTERED: Mutex<Registered> =
+    Mutex::new(Registered { directories: Vec::new(), processes: Vec::new() });
 
 fn register<T>(change: impl FnOnce(&mut Registered) -> T) -> T {
     change(&mut REGISTERED.lock().unwrap_or_else(PoisonError::into_inner))

@@ -36,7 +36,11 @@ pub(super) struct Raw {
 
 impl From<Raw> for Output {
     fn from(raw: Raw) -> Self {
-        Self { status: raw.status, stdout: String::from_utf8_lossy(&raw.stdout).into_owned(), stderr: raw.stderr }
+        Self {
+            status: raw.status,
+            stdout: String::from_utf8_lossy(&raw.stdout).into_owned(),
+            stderr: raw.stderr,
+        }
     }
 }
 
@@ -128,8 +132,15 @@ impl Shell {
                         return Ok(raw);
                     }
                 }
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted) => {}
-                Err(error) => return Err(error).with_context(|| format!("connection lost; until then: {}", answer.tail())),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted
+                    ) => {}
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("connection lost; until then: {}", answer.tail()));
+                }
             }
         }
     }
@@ -284,12 +295,8 @@ mod tests {
     use super::*;
 
     fn answer_of(script: &str, after: &[u8], tag: &str) -> Raw {
-        let mut bash = Command::new("bash")
-            .arg("-s")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut bash =
+            Command::new("bash").arg("-s").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let mut input = bash.stdin.take().unwrap();
         input.write_all(script.as_bytes()).unwrap();
         input.write_all(after).unwrap();
@@ -308,7 +315,11 @@ mod tests {
     #[test]
     fn a_command_that_goes_on_in_the_background_does_not_keep_the_answer() {
         let start = Instant::now();
-        let raw = answer_of(&run_script("lab-test-2", "sleep 5 </dev/null >/dev/null 2>&1 & echo $!"), b"", "lab-test-2");
+        let raw = answer_of(
+            &run_script("lab-test-2", "sleep 5 </dev/null >/dev/null 2>&1 & echo $!"),
+            b"",
+            "lab-test-2",
+        );
         assert_eq!(raw.status, 0);
         assert!(start.elapsed() < Duration::from_secs(4));
         let pid: i32 = String::from_utf8(raw.stdout).unwrap().trim().parse().unwrap();
@@ -344,7 +355,10 @@ mod tests {
             for piece in whole.chunks(size) {
                 raw = answer.feed(piece);
             }
-            assert_eq!(raw, Some(Raw { status: 7, stdout: b"out\nlab-x 0 \nput".to_vec(), stderr: "err".into() }));
+            assert_eq!(
+                raw,
+                Some(Raw { status: 7, stdout: b"out\nlab-x 0 \nput".to_vec(), stderr: "err".into() })
+            );
         }
     }
 
