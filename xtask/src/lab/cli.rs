@@ -19,6 +19,9 @@ use crate::setup;
 /// Raise, use and end the lab.
 #[derive(clap::Args)]
 pub struct Args {
+    /// Which lab, when more than one is up: the number of the process that holds it
+    #[arg(long, global = true)]
+    pid: Option<u32>,
     #[command(subcommand)]
     command: Command,
 }
@@ -71,10 +74,10 @@ pub fn run(args: &Args) -> Result<()> {
     match &args.command {
         Command::Up => up(),
         Command::Run { machine, timeout, command } => {
-            run_command(*machine, &command.join(" "), Duration::from_secs(*timeout))
+            run_command(args.pid, *machine, &command.join(" "), Duration::from_secs(*timeout))
         }
-        Command::Console { machine } => console(*machine),
-        Command::Down => down(),
+        Command::Console { machine } => console(args.pid, *machine),
+        Command::Down => down(args.pid),
         Command::Build { rebuild } => {
             setup::ensure()?;
             let frozen = frozen::get(*rebuild)?;
@@ -94,8 +97,8 @@ fn up() -> Result<()> {
     }
 }
 
-fn run_command(which: Which, command: &str, limit: Duration) -> Result<()> {
-    let output = machine(which, &only()?).run(command, limit)?;
+fn run_command(pid: Option<u32>, which: Which, command: &str, limit: Duration) -> Result<()> {
+    let output = machine(which, &only(pid)?).run(command, limit)?;
     stdout().write_all(output.stdout.as_bytes())?;
     eprint!("{}", output.stderr);
     if output.status != 0 {
@@ -113,7 +116,7 @@ fn machine(which: Which, record: &Record) -> Machine {
     }
 }
 
-fn console(which: Which) -> Result<()> {
+fn console(pid: Option<u32>, which: Which) -> Result<()> {
     let host = match which {
         Which::Source => Host::Source,
         Which::Target => Host::Target,
@@ -121,7 +124,7 @@ fn console(which: Which) -> Result<()> {
             bail!("the guest's console: cargo xtask lab run source tail -n 50 /var/log/xen/guest-db1.log")
         }
     };
-    let path = only()?.sockets.join(format!("{}.console", host.name()));
+    let path = only(pid)?.sockets.join(format!("{}.console", host.name()));
     let mut stream =
         UnixStream::connect(&path).with_context(|| format!("no console at {}", path.display()))?;
     let mut from = stream.try_clone()?;
@@ -146,8 +149,8 @@ fn console(which: Which) -> Result<()> {
     }
 }
 
-fn down() -> Result<()> {
-    let record = only()?;
+fn down(pid: Option<u32>) -> Result<()> {
+    let record = only(pid)?;
     kill(Pid::from_raw(i32::try_from(record.pid)?), Signal::SIGTERM)
         .with_context(|| format!("cannot end process {}", record.pid))?;
     let start = Instant::now();
@@ -160,14 +163,15 @@ fn down() -> Result<()> {
     Ok(())
 }
 
-/// The one lab that is up.
-fn only() -> Result<Record> {
+/// The one lab that is up, or that of a process.
+fn only(pid: Option<u32>) -> Result<Record> {
     let mut records = living()?;
+    records.retain(|record| pid.is_none_or(|pid| record.pid == pid));
     match (records.pop(), records.pop()) {
         (Some(record), None) => Ok(record),
         (None, _) => bail!("no lab is up: `cargo xtask lab up` raises it"),
         (Some(one), Some(other)) => {
-            bail!("more than one lab is up (processes {} and {} hold them): end one", one.pid, other.pid)
+            bail!("more than one lab is up (processes {} and {} hold them): say --pid", one.pid, other.pid)
         }
     }
 }

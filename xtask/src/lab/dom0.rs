@@ -99,6 +99,12 @@ impl Images {
         Ok(Self { dir })
     }
 
+    /// Those that are in a directory, if they are.
+    #[cfg(test)]
+    pub(super) fn in_directory(dir: PathBuf) -> Self {
+        Self { dir }
+    }
+
     /// The hypervisor.
     pub(super) fn hypervisor(&self) -> PathBuf {
         self.dir.join("xen.elf")

@@ -17,12 +17,9 @@ mod run_dir;
 mod shell;
 
 pub use cli::{Args, run};
-pub use clock::Skew;
 pub use kernel::{guest_kernel_release, kernel_headers};
-pub use link::LinkBytes;
-pub use machine::{Machine, Spawned};
+pub use machine::Spawned;
 pub use raised::{Lab, Options};
-pub use shell::Output;
 
 /// The guest's memory (`files/db1.cfg`).
 pub const GUEST_MEMORY_BYTES: u64 = 704 << 20;

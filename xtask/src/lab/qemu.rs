@@ -1,6 +1,7 @@
 //! One emulated host: how QEMU is started for it, and the running QEMU.
 
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -175,6 +176,11 @@ impl Qemu {
     /// # Errors
     /// When it cannot be started or ends at once, with its words.
     pub(super) fn start(config: Config) -> Result<Self> {
+        // One that lost the race for a port has left its own behind.
+        match fs::remove_file(config.monitor()) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
         let words = File::create(config.words())?;
         let child = Command::new("setpriv")
             .args(["--pdeathsig", "KILL", PROGRAM])
@@ -294,6 +300,66 @@ pub(super) fn free_port() -> Result<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn config(host: Host) -> Config {
+        let images = Images::in_directory("/images".into());
+        let run = PathBuf::from("/run/1");
+        Config {
+            overlay: run.join("a.qcow2"),
+            shared: run.join("shared.raw"),
+            sockets: "/s".into(),
+            logs: run,
+            dom0_port: 1001,
+            guest_port: 1002,
+            ..Config::of_no_run(host, &images)
+        }
+    }
+
+    fn values(arguments: &[String], option: &str) -> Vec<String> {
+        arguments.windows(2).filter(|pair| pair[0] == option).map(|pair| pair[1].clone()).collect()
+    }
+
+    #[test]
+    fn the_two_ends_of_the_link_name_each_other() {
+        let link = |host| {
+            values(&config(host).arguments(), "-netdev")
+                .into_iter()
+                .find(|value| value.starts_with("dgram"))
+                .unwrap()
+        };
+        assert!(
+            link(Host::Source)
+                .contains("local.path=/s/source.link,remote.type=unix,remote.path=/s/target.link")
+        );
+        assert!(
+            link(Host::Target)
+                .contains("local.path=/s/target.link,remote.type=unix,remote.path=/s/source.link")
+        );
+    }
+
+    #[test]
+    fn the_shared_disk_is_read_past_the_page_cache_and_unlocked() {
+        let drives = values(&config(Host::Target).arguments(), "-drive");
+        assert!(
+            drives[1].contains("file=/run/1/shared.raw") && drives[1].contains("cache=none,file.locking=off")
+        );
+    }
+
+    #[test]
+    fn a_resumed_machine_is_the_same_machine_and_waits_for_its_state() {
+        let booted = config(Host::Source).arguments();
+        let resumed = Config { resume: true, ..config(Host::Source) }.arguments();
+        assert_eq!(resumed[..booted.len()], booted);
+        assert_eq!(resumed[booted.len()..], ["-S", "-incoming", "defer"]);
+    }
+
+    #[test]
+    fn machines_differ_in_their_addresses() {
+        let devices = |host| values(&config(host).arguments(), "-device").join(" ");
+        assert!(devices(Host::Source).contains("mac=52:54:00:00:01:01"));
+        assert!(devices(Host::Target).contains("mac=52:54:00:00:01:02"));
+        assert!(values(&config(Host::Target).arguments(), "-initrd")[0].contains("labip=10.9.0.2"));
+    }
 
     #[test]
     fn versions_compare_as_numbers() {

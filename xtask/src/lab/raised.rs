@@ -1,7 +1,7 @@
 //! A raised lab: two running hosts, and everything that one does with them.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -105,11 +105,23 @@ impl Lab {
         for host in Host::BOTH {
             lab.qemu(host).monitor()?.execute("cont", &json!({}))?;
         }
+        lab.announce()?;
         Ok(lab)
     }
 
+    /// Lets other processes of this user find it: one that is only being built is nobody's business.
+    fn announce(&self) -> Result<()> {
+        let ports = |of: fn(&Config) -> u16| Host::BOTH.map(|host| of(self.qemu(host).config())).to_vec();
+        self.run_dir.record(&Record {
+            pid: std::process::id(),
+            sockets: self.run_dir.sockets().to_owned(),
+            dom0_ports: ports(|config| config.dom0_port),
+            guest_ports: ports(|config| config.guest_port),
+        })
+    }
+
     fn start(images: &Images, run_dir: RunDir, resume: bool) -> Result<Self> {
-        let start = |host: Host| -> Result<Running> {
+        let try_start = |host: Host| -> Result<Running> {
             let qemu = Qemu::start(Config {
                 host,
                 images: images.clone(),
@@ -124,16 +136,16 @@ impl Lab {
             register_process(qemu.pid());
             Ok(Running(qemu))
         };
+        // Between asking for a free port and QEMU's taking it, somebody else may have taken it.
+        let start = |host: Host| {
+            let lost_a_port = |error: &anyhow::Error| format!("{error:#}").contains("host forwarding rule");
+            (0..4).fold(try_start(host), |started, _| match started {
+                Err(error) if lost_a_port(&error) => try_start(host),
+                done => done,
+            })
+        };
         let source = start(Host::Source)?;
         let target = start(Host::Target)?;
-        let ports =
-            |of: fn(&Config) -> u16| [&source, &target].map(|running| of(running.0.config())).to_vec();
-        run_dir.record(&Record {
-            pid: std::process::id(),
-            sockets: run_dir.sockets().to_owned(),
-            dom0_ports: ports(|config| config.dom0_port),
-            guest_ports: ports(|config| config.guest_port),
-        })?;
         Ok(Self { source, target, run_dir })
     }
 
@@ -253,11 +265,6 @@ impl Lab {
     /// When `xl` fails.
     pub fn xl_dmesg(&self, host: Host) -> Result<String> {
         self.host(host).must("xl dmesg", SHORT)
-    }
-
-    /// The socket of a host's serial console.
-    pub fn console(&self, host: Host) -> PathBuf {
-        self.qemu(host).config().console()
     }
 
     /// For a person: how to reach everything.
