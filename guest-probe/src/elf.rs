@@ -275,20 +275,97 @@ fn read<F: ReadAt + ?Sized>(file: &F, offset: u64, bytes: u64) -> Result<Vec<u8>
 
 #[cfg(test)]
 mod tests {
+    use std::sync::LazyLock;
+
     use proptest::prelude::*;
 
     use super::*;
 
-    fn this_test() -> Vec<u8> {
-        std::fs::read("/proc/self/exe").unwrap()
+    /// Where things lie in [`SMALL`].
+    const NOTE_AT: u64 = 0x100;
+    const STRINGS_AT: u64 = 0x140;
+    const SYMBOLS_AT: u64 = 0x180;
+    const SECTIONS_AT: u64 = 0x200;
+    const CODE_AT: u64 = 0x300;
+    /// Its segment is loaded this far behind its place in the file.
+    const LOADED_BEHIND: u64 = 0x1000;
+
+    /// A small ELF file with a build id, two symbols and their code.
+    static SMALL: LazyLock<Vec<u8>> = LazyLock::new(|| {
+        let mut file = vec![0_u8; 0x340];
+        let mut put =
+            |at: u64, bytes: &[u8]| file[at as usize..at as usize + bytes.len()].copy_from_slice(bytes);
+        put(0, &[0x7f, b'E', b'L', b'F', ELFCLASS64, ELFDATA2LSB, 1]);
+        put(16, &3_u16.to_le_bytes());
+        put(18, &EM_X86_64.to_le_bytes());
+        put(20, &1_u32.to_le_bytes());
+        put(32, &64_u64.to_le_bytes());
+        put(40, &SECTIONS_AT.to_le_bytes());
+        for (at, value) in [(52, 64_u16), (54, 56), (56, 2), (58, 64), (60, 3), (62, 0)] {
+            put(at, &value.to_le_bytes());
+        }
+        // Segments: all of it loaded, and the note.
+        for (at, kind, offset, size, behind) in
+            [(64, PT_LOAD, 0, 0x340, LOADED_BEHIND), (120, PT_NOTE, NOTE_AT, 18, 0)]
+        {
+            put(at, &kind.to_le_bytes());
+            put(at + 8, &offset.to_le_bytes());
+            put(at + 16, &(offset + behind).to_le_bytes());
+            put(at + 32, &u64::to_le_bytes(size));
+            put(at + 40, &u64::to_le_bytes(size));
+            put(at + 48, &4_u64.to_le_bytes());
+        }
+        put(NOTE_AT, &[4, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, b'G', b'N', b'U', 0, 0xab, 0xcd]);
+        put(STRINGS_AT, b"\0first\0first_and_more\0");
+        for (index, name, address) in [(1, 1_u32, 0x300_u64), (2, 7, 0x310)] {
+            let at = SYMBOLS_AT + index * SYMBOL_BYTES as u64;
+            put(at, &name.to_le_bytes());
+            put(at + 8, &(address + LOADED_BEHIND).to_le_bytes());
+        }
+        // Sections: none, .dynsym, .dynstr.
+        for (index, kind, offset, size, link) in
+            [(1, SHT_DYNSYM, SYMBOLS_AT, 3 * SYMBOL_BYTES as u64, 2_u32), (2, 3, STRINGS_AT, 23, 0)]
+        {
+            let at = SECTIONS_AT + index * SECTION_HEADER_BYTES as u64;
+            put(at + 4, &kind.to_le_bytes());
+            put(at + 24, &offset.to_le_bytes());
+            put(at + 32, &size.to_le_bytes());
+            put(at + 40, &link.to_le_bytes());
+        }
+        put(CODE_AT, &[0xf3, 0x0f, 0x1e, 0xfa, 0x55, 0x48]);
+        put(CODE_AT + 0x10, &[0x48, 0x83, 0xec, 0x08]);
+        file
+    });
+
+    #[test]
+    fn a_small_file_is_read() {
+        let elf = Elf::parse(SMALL.as_slice()).unwrap();
+        assert_eq!(elf.build_id().unwrap(), "abcd");
+        assert_eq!(elf.first_address(), LOADED_BEHIND);
+        let places = elf.symbols(&["first_and_more", "first"]).unwrap();
+        assert_eq!(places, [Place { address: 0x1310 }, Place { address: 0x1300 }]);
+        let first = elf.probe_place("first", places[1]).unwrap();
+        assert_eq!(first, ProbePlace { file_offset: 0x304, address: 0x1304, emulated: true });
+        let more = elf.probe_place("first_and_more", places[0]).unwrap();
+        assert_eq!(more, ProbePlace { file_offset: 0x310, address: 0x1310, emulated: false });
+        assert!(matches!(elf.symbols(&["firs"]), Err(ElfError::NoSymbol { symbol }) if symbol == "firs"));
+        let outside = Place { address: 0x300 };
+        assert!(matches!(elf.probe_place("first", outside), Err(ElfError::NotInFile { .. })));
     }
 
     #[test]
     fn this_very_program_is_read() {
-        let bytes = this_test();
-        let elf = Elf::parse(bytes.as_slice()).unwrap();
+        let file = File::open("/proc/self/exe").unwrap();
+        let elf = Elf::parse(&file).unwrap();
         assert!(elf.build_id().is_ok_and(|id| id.len() >= 16), "Rust's linker gives a build id");
         assert!(matches!(elf.symbols(&["no such symbol"]), Err(ElfError::NoSymbol { .. })));
+    }
+
+    #[test]
+    fn another_machine_s_file_is_refused() {
+        let mut file = SMALL.clone();
+        file[18] = 0xb7;
+        assert!(matches!(Elf::parse(file.as_slice()), Err(ElfError::Foreign { machine: 0xb7, .. })));
     }
 
     #[test]
@@ -302,12 +379,8 @@ mod tests {
 
     #[test]
     fn a_note_without_end_is_no_build_id() {
-        assert_eq!(
-            find_build_id(&[4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 3, 0, 0, 0, b'G', b'N', b'U', 0], 4),
-            None
-        );
-        let id = [4, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, b'G', b'N', b'U', 0, 0xab, 0xcd];
-        assert_eq!(find_build_id(&id, 4), Some(&[0xab, 0xcd][..]));
+        let endless = [4, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 3, 0, 0, 0, b'G', b'N', b'U', 0];
+        assert_eq!(find_build_id(&endless, 4), None);
     }
 
     proptest! {
@@ -317,17 +390,20 @@ mod tests {
         }
 
         #[test]
-        fn damaged_headers_do_no_harm(damage in prop::collection::vec((0_usize..4096, any::<u8>()), 1..20)) {
-            let mut bytes = this_test();
-            bytes.truncate(1 << 16);
+        fn a_damaged_file_does_no_harm(
+            damage in prop::collection::vec((0_usize..0x300, any::<u8>()), 1..8),
+            length in 0_usize..=0x340,
+        ) {
+            let mut file = SMALL.clone();
             for (at, value) in damage {
-                bytes[at] = value;
+                file[at] = value;
             }
-            if let Ok(elf) = Elf::parse(bytes.as_slice()) {
+            file.truncate(length.max(0x2c0));
+            if let Ok(elf) = Elf::parse(file.as_slice()) {
                 let _ = elf.build_id();
                 let _ = elf.first_address();
-                if let Ok(places) = elf.symbols(&["main"]) {
-                    let _ = elf.probe_place("main", places[0]);
+                for place in elf.symbols(&["first", "first_and_more"]).unwrap_or_default() {
+                    let _ = elf.probe_place("first", place);
                 }
             }
         }
