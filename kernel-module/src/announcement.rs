@@ -46,6 +46,9 @@ impl Announcement {
         }
         // Last, since a reader that finds the version may rely on the others.
         made &= write_number(shim, xenstore::VERSION, u64::from(ABI_VERSION));
+        if let Some(port) = self.port.take_if(|_| !made) {
+            shim.event_channel_close(port);
+        }
         self.complete = made;
     }
 
