@@ -37,8 +37,20 @@ fn scattered(machine: &mut Machine, count: u64, salt: u64) -> (Vec<UserRun>, Vec
     (runs, listed)
 }
 
-/// A frame: its address in units of pages, its PFNs, its place on disk, its list.
-fn frames() -> impl Strategy<Value = Vec<(u64, Vec<Option<u64>>, u64, u32, u8)>> {
+/// A frame to be listed.
+#[derive(Clone, Debug)]
+struct Frame {
+    /// Its address, in pages.
+    place: u64,
+    /// `None`: not mapped; `u64::MAX`: no ordinary memory.
+    pfns: Vec<Option<u64>>,
+    /// Its place on disk, in pages.
+    offset: u64,
+    vdev: u32,
+    list: u8,
+}
+
+fn frames() -> impl Strategy<Value = Vec<Frame>> {
     let pfn = prop_oneof![
         6 => (0_u64..64).prop_map(Some),
         1 => Just(None),
@@ -50,7 +62,9 @@ fn frames() -> impl Strategy<Value = Vec<(u64, Vec<Option<u64>>, u64, u32, u8)>>
             .prop_map(|(first, count)| (0..count as u64).map(|i| Some(first + i)).collect()),
         prop::collection::vec(pfn, 1..9),
     ];
-    prop::collection::vec((0_u64..40, pfns, 0_u64..64, 51712_u32..51714, 1_u8..3), 0..700)
+    let frame = (0_u64..40, pfns, 0_u64..64, 51712_u32..51714, 1_u8..3)
+        .prop_map(|(place, pfns, offset, vdev, list)| Frame { place, pfns, offset, vdev, list });
+    prop::collection::vec(frame, 0..700)
 }
 
 proptest! {
@@ -60,7 +74,7 @@ proptest! {
     fn the_pages_that_dom0_reads_are_those_that_were_added(frames in frames(), calls in 1_usize..5) {
         let mut machine = Machine::new(false);
         let mut runs = Vec::new();
-        for (place, pfns, offset, vdev, list) in frames {
+        for Frame { place, pfns, offset, vdev, list } in frames {
             let address = 0x5000_0000 + place * PAGE;
             for (i, pfn) in pfns.iter().enumerate() {
                 if let Some(pfn) = pfn {
