@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use crossbeam_channel::Sender;
 
-use super::filter::Filter;
+use super::filter::{Filter, Mode};
 use super::side::SideEvent;
 use crate::engine::error::{EngineError, SideError};
 use crate::engine::memory_record;
@@ -44,7 +44,8 @@ impl Filter {
             }
             return Ok(());
         }
-        if outstanding == 0 && self.side.is_some() && !left.is_zero() && drain.sync.is_none() {
+        let may_ask = self.side.is_some() && self.mode == Mode::Filter && !left.is_zero();
+        if outstanding == 0 && may_ask && drain.sync.is_none() {
             drain.sync = Some(last_sync + 1);
             self.syncs.0 += 1;
             let body = memory_record::sync_body(self.syncs.0);

@@ -388,4 +388,61 @@ proptest! {
             prop_assert!(false, "panicked");
         }
     }
+
+    /// The same at the source, where the save may stop anywhere.
+    #[test]
+    fn bent_saves_never_panic(
+        cut in any::<proptest::sample::Index>(),
+        bends in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
+        side in any::<bool>(),
+    ) {
+        let mut stream = [
+            beginning(),
+            page_data(&clean_pages()),
+            page_data(&[Sent::page(0, other_page(0)), Sent::typed(1, 15, Vec::new())]),
+            ending(),
+        ]
+        .concat();
+        let whole = stream.len();
+        for (at, value) in &bends {
+            let at = at.index(whole / 8) * 8 % 1600;
+            stream[at] = *value;
+        }
+        stream.truncate(cut.index(whole * 2).min(whole));
+        let quick = Config { drain_timeout: Duration::ZERO, ..config() };
+        let result = if side {
+            let lone = LoneSource::start(quick);
+            feed(lone.save, lone.wire, lone.source, &stream)
+        } else {
+            let [save, wire] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+            let source = SourceFilter::start(SourceParts {
+                from_save: OwnedFd::from(save.1),
+                to_wire: OwnedFd::from(wire.0),
+                side: None,
+                map: map([]),
+                disks: Vec::new(),
+                config: quick,
+            })
+            .unwrap();
+            feed(save.0, wire.1, source, &stream)
+        };
+        prop_assert!(!matches!(result, Err(EngineError::Panicked)), "panicked");
+        if bends.is_empty() {
+            prop_assert_eq!(result.is_ok(), stream.len() == whole);
+        }
+    }
+}
+
+fn feed(
+    mut save: UnixStream,
+    mut wire: UnixStream,
+    source: SourceFilter,
+    stream: &[u8],
+) -> Result<crate::engine::SourceSummary, EngineError> {
+    let reader = std::thread::spawn(move || wire.read_to_end(&mut Vec::new()));
+    let _ = save.write_all(stream);
+    drop(save);
+    let result = source.finish();
+    reader.join().unwrap().unwrap();
+    result
 }

@@ -1,15 +1,18 @@
 //! Whole migrations that go well.
 
 use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+
+use enlightenment::Vdev;
 
 use super::guest_stream::{
     Sent, beginning, beginning_pvh, disk_page, ending, other_page, page_data, record, restore,
 };
-use super::pair::{AFTER_END, Pair, config, disk, map};
+use super::pair::{AFTER_END, Pair, XVDA, config, disk, map};
 use crate::engine::xen_stream::{PAGE, PageData, XALLOC, record as kinds};
-use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts};
+use crate::engine::{Config, DiskName, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts};
 
 /// 64 pages: zeros, pages on the disk, others, page tables, unpopulated ones.
 fn first_pass() -> Vec<Sent> {
@@ -257,4 +260,47 @@ fn pvh_pages_are_allocated_in_order_before_they_are_loaded() {
     assert!(entries.iter().map(|entry| entry.pfn).eq(0..32));
     assert!(entries.iter().all(|entry| (entry.page_type == XALLOC) == (8..24).contains(&entry.pfn)));
     assert_eq!(outcome.source.unwrap().stats.references_accepted, 16);
+}
+
+/// As between two hosts: TCP for the stream and for the side channel, pipes towards libxenguest.
+#[test]
+fn tcp_and_pipes_do_as_well() {
+    let tcp = || {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (near, listener.accept().unwrap().0)
+    };
+    let (wire, side, disk) = (tcp(), tcp(), disk(64));
+    let (save_end, mut save) = std::io::pipe().unwrap();
+    let (mut restored, restore_end) = std::io::pipe().unwrap();
+    let target = TargetFilter::start(TargetParts {
+        from_wire: OwnedFd::from(wire.1),
+        to_restore: OwnedFd::from(restore_end),
+        side: Some(OwnedFd::from(side.1)),
+        config: config(),
+    })
+    .unwrap();
+    let source = SourceFilter::start(SourceParts {
+        from_save: OwnedFd::from(save_end),
+        to_wire: OwnedFd::from(wire.0),
+        side: Some(OwnedFd::from(side.0)),
+        map: map((8..40).map(|pfn| (pfn, pfn))),
+        disks: vec![DiskName { vdev: Vdev(XVDA), path: disk.path().to_owned() }],
+        config: config(),
+    })
+    .unwrap();
+    let reader = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        restored.read_to_end(&mut all).unwrap();
+        all
+    });
+    let stream = whole_stream(&[first_pass()], false);
+    let (before_end, end) = stream.split_at(stream.len() - 8);
+    save.write_all(before_end).unwrap();
+    assert!(source.drain().unwrap().synced);
+    save.write_all(end).unwrap();
+    drop(save);
+    let (source, target) = (source.finish().unwrap().stats, target.finish().unwrap().stats);
+    assert_eq!(restore(&reader.join().unwrap()), restore(&stream));
+    assert_eq!((source.references_accepted, target.references_accepted), (24, 24));
 }
