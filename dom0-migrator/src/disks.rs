@@ -31,7 +31,6 @@ pub fn of_domain(store: &mut impl Store, domain: DomainId) -> Result<Vec<DiskNam
             let place = Backend {
                 kind: node("type")?,
                 parameters: node("params")?,
-                device_path: node("physical-device-path")?,
                 device_type: node("device-type")?,
             };
             match place.path() {
@@ -51,7 +50,6 @@ pub fn of_domain(store: &mut impl Store, domain: DomainId) -> Result<Vec<DiskNam
 struct Backend {
     kind: Option<String>,
     parameters: Option<String>,
-    device_path: Option<String>,
     device_type: Option<String>,
 }
 
@@ -61,8 +59,9 @@ impl Backend {
         if self.device_type.as_deref() == Some("cdrom") {
             return None;
         }
-        // What a hotplug script made of the parameters comes first.
-        let parameters = self.device_path.as_deref().or(self.parameters.as_deref())?;
+        // What the domain's configuration says, which goes to the target as it is; a device that a hotplug script has made of it
+        // here may be another disk's there.
+        let parameters = self.parameters.as_deref()?;
         let path = match self.kind.as_deref() {
             Some("phy" | "file") => parameters,
             // Format and path; every format but the raw one has the bytes elsewhere.
@@ -81,11 +80,10 @@ fn is_readable_by_offset(path: &Path) -> bool {
 mod tests {
     use super::*;
 
-    fn path(kind: &str, parameters: &str, device_path: Option<&str>, device_type: &str) -> Option<String> {
+    fn path(kind: &str, parameters: &str, device_type: &str) -> Option<String> {
         let backend = Backend {
             kind: Some(kind.into()),
             parameters: Some(parameters.into()),
-            device_path: device_path.map(Into::into),
             device_type: Some(device_type.into()),
         };
         backend.path().map(|path| path.display().to_string())
@@ -93,13 +91,12 @@ mod tests {
 
     #[test]
     fn raw_disks_have_a_path_and_others_none() {
-        assert_eq!(path("phy", "/dev/vdb", None, "disk").as_deref(), Some("/dev/vdb"));
-        assert_eq!(path("phy", "iqn.2026:x", Some("/dev/sdq"), "disk").as_deref(), Some("/dev/sdq"));
-        assert_eq!(path("phy", "iqn.2026:x", None, "disk"), None);
-        assert_eq!(path("file", "/srv/db.raw", None, "disk").as_deref(), Some("/srv/db.raw"));
-        assert_eq!(path("qdisk", "aio:/srv/db.raw", None, "disk").as_deref(), Some("/srv/db.raw"));
-        assert_eq!(path("qdisk", "qcow2:/srv/db.qcow2", None, "disk"), None);
-        assert_eq!(path("phy", "/dev/cdrom", None, "cdrom"), None);
-        assert_eq!(path("tap", "/dev/vdb", None, "disk"), None);
+        assert_eq!(path("phy", "/dev/vdb", "disk").as_deref(), Some("/dev/vdb"));
+        assert_eq!(path("phy", "iqn.2026:x", "disk"), None);
+        assert_eq!(path("file", "/srv/db.raw", "disk").as_deref(), Some("/srv/db.raw"));
+        assert_eq!(path("qdisk", "aio:/srv/db.raw", "disk").as_deref(), Some("/srv/db.raw"));
+        assert_eq!(path("qdisk", "qcow2:/srv/db.qcow2", "disk"), None);
+        assert_eq!(path("phy", "/dev/cdrom", "cdrom"), None);
+        assert_eq!(path("tap", "/dev/vdb", "disk"), None);
     }
 }

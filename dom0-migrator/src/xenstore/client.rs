@@ -91,11 +91,15 @@ pub struct Xenstore {
 }
 
 impl Xenstore {
-    /// Connects.
+    /// Connects; to the socket that the environment variable `XENSTORED_PATH` names, if it is set, as Xen's own library does.
     ///
     /// # Errors
     /// [`StoreError::NotThere`].
     pub fn open() -> Result<Self, StoreError> {
+        if let Some(path) = std::env::var_os("XENSTORED_PATH") {
+            let stream = UnixStream::connect(path).map_err(StoreError::NotThere)?;
+            return Ok(Self::over(OwnedFd::from(stream).into()));
+        }
         let mut first_error = None;
         for path in SOCKETS {
             match UnixStream::connect(path) {
