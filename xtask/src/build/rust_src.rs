@@ -10,8 +10,12 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
+use crate::apt::{Area, Package, unpack};
 use crate::cache;
 use crate::step::run;
+
+/// Debian releases that may have the sources of a recent nightly.
+const SUITES: [&str; 2] = ["forky", "sid"];
 
 /// The toolchain that builds the kernel module's core and the eBPF programs: `$POOLSKIP_NIGHTLY`, else `nightly`.
 pub fn toolchain() -> String {
@@ -52,71 +56,31 @@ fn release(toolchain: &str) -> Result<String> {
 
 /// Unpacks Debian's `rust-src` of that release into `dir/library`.
 fn from_debian(dir: &Path, toolchain: &str, release: &str) -> Result<()> {
-    let mirror = debian_mirror()?;
-    let apt_dir = dir.join("apt");
-    fs::create_dir_all(apt_dir.join("lists/partial"))?;
-    fs::create_dir_all(apt_dir.join("cache/archives/partial"))?;
-    let sources: String = ["forky", "sid"]
-        .iter()
-        .map(|suite| {
-            format!("deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] {mirror} {suite} main\n")
-        })
-        .collect();
-    fs::write(apt_dir.join("sources.list"), sources)?;
-    let apt = |program: &str| {
-        let mut command = Command::new(program);
-        command
-            .current_dir(&apt_dir)
-            .arg(format!("-oDir::State::Lists={}", apt_dir.join("lists").display()))
-            .arg(format!("-oDir::Cache={}", apt_dir.join("cache").display()))
-            .arg(format!("-oDir::Etc::SourceList={}", apt_dir.join("sources.list").display()))
-            .args(["-oDir::Etc::SourceParts=/dev/null", "-oAcquire::Check-Valid-Until=false"])
-            .args(["-oAcquire::Languages=none", "-oAPT::Sandbox::User=root"]);
-        command
-    };
-    run(apt("apt-get").args(["-q", "update"]))?;
-    let known = run(apt("apt-cache").args(["madison", "rust-src"]))?;
-    let known = String::from_utf8_lossy(&known).into_owned();
-    let versions: Vec<&str> =
-        known.lines().filter_map(|line| line.split('|').nth(1)).map(str::trim).collect();
-    let Some(version) = versions.iter().find(|version| version.starts_with(&format!("{release}."))) else {
-        bail!(
-            "no Rust sources for {toolchain} ({release}): the toolchain has no rust-src component, and Debian has only {}; \
-             run `rustup component add rust-src --toolchain {toolchain}`, or set POOLSKIP_NIGHTLY to a toolchain that has it",
-            versions.join(", ")
-        );
-    };
-    run(apt("apt-get").args(["-q", "download", &format!("rust-src={version}")]))?;
-    let package = fs::read_dir(&apt_dir)?
-        .filter_map(Result::ok)
-        .map(|entry| entry.path())
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .context("apt-get download left no rust-src package")?;
-    run(Command::new("dpkg-deb").arg("-x").arg(&package).arg(dir.join("package")))?;
-    let sources = dir.join("package/usr/src");
-    let library = fs::read_dir(&sources)?
+    let mut found = Vec::new();
+    for suite in SUITES {
+        let area = Area::open(suite)?;
+        let package = area.resolve(&["rust-src"])?.into_iter().find(|package| package.name == "rust-src");
+        let package = package.with_context(|| format!("Debian {suite} has no rust-src"))?;
+        if package.version.starts_with(&format!("{release}.")) {
+            return unpack_library(&area, &package, dir);
+        }
+        found.push(format!("{} in {suite}", package.version));
+    }
+    bail!(
+        "no Rust sources for {toolchain} ({release}): the toolchain has no rust-src component, and Debian has only {}; \
+         run `rustup component add rust-src --toolchain {toolchain}`, or set POOLSKIP_NIGHTLY to a toolchain that has it",
+        found.join(", ")
+    );
+}
+
+fn unpack_library(area: &Area, package: &Package, dir: &Path) -> Result<()> {
+    let root = dir.join("package");
+    unpack(&area.download(std::slice::from_ref(package))?, &root)?;
+    let library = fs::read_dir(root.join("usr/src"))?
         .filter_map(Result::ok)
         .map(|entry| entry.path().join("library"))
         .find(|path| path.join("core/src/lib.rs").exists())
-        .with_context(|| format!("no usr/src/rustc-*/library in {}", package.display()))?;
+        .with_context(|| format!("{package} has no usr/src/rustc-*/library"))?;
     fs::rename(&library, dir.join("library"))?;
-    fs::remove_dir_all(dir.join("package"))?;
-    fs::remove_dir_all(&apt_dir)?;
-    Ok(())
-}
-
-/// The Debian mirror that this machine already uses.
-fn debian_mirror() -> Result<String> {
-    let format = "$(REPO_URI) $(ORIGIN) $(LABEL) $(CODENAME) $(COMPONENT)";
-    let output = run(Command::new("apt-get").args(["indextargets", "--format", format]))?;
-    String::from_utf8_lossy(&output)
-        .lines()
-        .find_map(|line| {
-            let mut words = line.split(' ');
-            let uri = words.next()?;
-            let rest: Vec<&str> = words.collect();
-            matches!(rest[..], ["Debian", "Debian", codename, "main"] if !codename.contains('-'))
-                .then(|| uri.to_owned())
-        })
-        .context("apt knows no mirror of Debian's main archive (see /etc/apt/sources.list)")
+    Ok(fs::remove_dir_all(&root)?)
 }
