@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, anyhow};
 use clap::{Parser, Subcommand};
 use guest_probe::device::ModuleDevice;
 use guest_probe::report;
@@ -78,7 +78,8 @@ fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("guest-probe: {error:#}");
+            // Each message says its cause itself.
+            eprintln!("guest-probe: {error}");
             ExitCode::FAILURE
         }
     }
@@ -90,7 +91,7 @@ fn run(command: Command) -> Result<ExitCode> {
             let options = Options { pid, wrong_hints, rule: DiskRule::Xen, ..Options::default() };
             let mut device = ModuleDevice::open(&device)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            let runtime = runtime.context("cannot start the runtime")?;
+            let runtime = runtime.map_err(|error| anyhow!("cannot start the asynchronous runtime: {error}"))?;
             match runtime.block_on(service::serve(&options, &mut device, &socket, statistics))? {
                 Ended::BySignal => Ok(ExitCode::SUCCESS),
                 Ended::MysqldGone => {
