@@ -91,7 +91,8 @@ fn run(command: Command) -> Result<ExitCode> {
             let options = Options { pid, wrong_hints, rule: DiskRule::Xen, ..Options::default() };
             let mut device = ModuleDevice::open(&device)?;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            let runtime = runtime.map_err(|error| anyhow!("cannot start the asynchronous runtime: {error}"))?;
+            let runtime =
+                runtime.map_err(|error| anyhow!("cannot start the asynchronous runtime: {error}"))?;
             match runtime.block_on(service::serve(&options, &mut device, &socket, statistics))? {
                 Ended::BySignal => Ok(ExitCode::SUCCESS),
                 Ended::MysqldGone => {
