@@ -23,7 +23,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Rate of the link between the hosts, in Mbit/s; low enough that the link sets the pace, not the emulated processor
-    #[arg(long, value_name = "MBIT", default_value_t = 24, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "MBIT", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rate: u32,
 }
 
