@@ -281,9 +281,10 @@ fn push_script(tag: &str, length: usize, path: &str, mode: u32) -> String {
 }
 
 fn start_script(tag: &str, command: &str) -> String {
-    // With job control the command has a process group of its own, by which it can be ended with all that it started.
+    // With job control the command has a process group of its own, by which it can be ended with all that it started; its number
+    // comes first.
     format!(
-        "set -m; (sleep 0.05; eval {}) </dev/null 2>&1 & echo $!; wait $!; printf '\\n{tag} %d 0\\n\\n{tag} end\\n' $?; exit\n",
+        "set -m; (echo $BASHPID; eval {}) </dev/null 2>&1 & wait $!; printf '\\n{tag} %d 0\\n\\n{tag} end\\n' $?; exit\n",
         quoted(command)
     )
 }
@@ -337,6 +338,19 @@ mod tests {
         assert_eq!(std::fs::read(&path).unwrap(), content);
         let mode = std::os::unix::fs::PermissionsExt::mode(&path.metadata().unwrap().permissions());
         assert_eq!(mode & 0o777, 0o640);
+    }
+
+    #[test]
+    fn a_command_that_is_started_leads_a_process_group_whose_number_comes_first() {
+        let raw = answer_of(
+            &start_script("lab-test-5", "echo out; echo err >&2; ps -o pgid= -p $BASHPID; exit 4"),
+            b"",
+            "lab-test-5",
+        );
+        let words = String::from_utf8(raw.stdout).unwrap();
+        let lines: Vec<_> = words.split_whitespace().collect();
+        assert_eq!((raw.status, lines[1], lines[2]), (4, "out", "err"));
+        assert_eq!(lines[0], lines[3]);
     }
 
     #[test]
