@@ -105,6 +105,11 @@ impl Images {
         Self { dir }
     }
 
+    /// Where they are.
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The hypervisor.
     pub(super) fn hypervisor(&self) -> PathBuf {
         self.dir.join("xen.elf")

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::json;
 
 use super::dom0::Images;
+use super::prune::prune;
 use super::qemu::{Config, version};
 use super::raised::{Lab, copy};
 use super::{Host, guest_disk};
@@ -73,6 +74,8 @@ pub(super) fn get(rebuild: bool) -> Result<Frozen> {
         }
     }
     let dir = cache::get_or_make("lab-warm", key()?, |dir| build(&images, &disk, dir))?;
+    let disk_dir = disk.parent().context("the guest's disk lies nowhere")?;
+    prune(&[&dir, images.dir(), disk_dir])?;
     Ok(Frozen { dir, images })
 }
 

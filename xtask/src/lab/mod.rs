@@ -10,6 +10,7 @@ mod kernel;
 mod link;
 mod machine;
 mod modules;
+mod prune;
 mod qemu;
 mod qmp;
 mod raised;
