@@ -1,7 +1,7 @@
 //! `cargo xtask build module`: the kernel module's Rust core, as one object that Kbuild links on any x86-64 guest.
 //!
 //! The object is kept in the tree, so that a guest needs gcc, make and its kernel's headers, and no Rust. Beside it stands the hash
-//! of what it was made from. [`check`] compares that hash and needs no toolchain; [`link()`] makes `poolskip.ko` of it.
+//! of what it was made from. [`check`] compares that hash, for which no toolchain is needed; [`link()`] makes `poolskip.ko` of it.
 
 mod inspect;
 mod link;
@@ -72,11 +72,12 @@ pub fn build() -> Result<()> {
     let same = fs::read(&kept).is_ok_and(|kept| kept == object);
     eprintln!("  {OBJECT}: {} bytes, {}", object.len(), if same { "as it was" } else { "changed" });
     fs::write(&kept, object).with_context(|| format!("cannot write {}", kept.display()))?;
-    fs::write(workspace.join(SOURCES_HASH), format!("{}\n", hash_sources()?))?;
+    fs::write(workspace.join(SOURCES_HASH), format!("{}\n{}\n", hash_sources()?, tools()?))?;
     Ok(())
 }
 
-/// Whether the object in the tree was built from the sources in the tree, and is fit for a kernel.
+/// Whether the object in the tree was built from the sources in the tree, and is fit for a kernel. Where the tools that built it are
+/// installed, it is built again, and must be the same byte for byte.
 ///
 /// # Errors
 /// When it was not, or is not.
@@ -84,29 +85,36 @@ pub fn check() -> Result<()> {
     let workspace = workspace();
     let recorded = fs::read_to_string(workspace.join(SOURCES_HASH))
         .with_context(|| format!("{SOURCES_HASH} is missing: run `cargo xtask build module`"))?;
-    if recorded.trim() != hash_sources()? {
+    let (hash, built_by) = recorded.trim().split_once('\n').unwrap_or((recorded.trim(), ""));
+    if hash != hash_sources()? {
         bail!(
             "kernel-module or enlightenment has changed since {OBJECT} was built: run `cargo xtask build module` and commit both"
         );
     }
-    inspect::inspect(&workspace.join(OBJECT))
-}
-
-/// Whether building again gives the object in the tree, byte for byte. Needs the nightly toolchain.
-///
-/// # Errors
-/// When it does not, or the toolchain cannot be had.
-pub fn check_rebuild() -> Result<()> {
-    let kept = fs::read(workspace().join(OBJECT)).with_context(|| format!("cannot read {OBJECT}"))?;
-    let built = step("kernel module's core, built again", compile)?;
-    if kept != built {
-        bail!(
-            "{OBJECT} has {} bytes, and building it again gives {} others; was it built by another toolchain?",
-            kept.len(),
-            built.len()
-        );
+    let object = workspace.join(OBJECT);
+    inspect::inspect(&object)?;
+    match tools() {
+        Ok(here) if here == built_by => {
+            let built = step("kernel module's core, built again", compile)?;
+            if fs::read(&object)? != built {
+                bail!("{OBJECT} is not what building it again gives, with the same tools ({built_by})");
+            }
+        }
+        Ok(here) => eprintln!("  {OBJECT} is not built again: {built_by} built it, here is {here}"),
+        Err(error) => eprintln!("  {OBJECT} is not built again: {error:#}"),
     }
     Ok(())
+}
+
+/// What the object's bytes depend on beside its sources.
+fn tools() -> Result<String> {
+    let first_line = |output: Vec<u8>| {
+        String::from_utf8_lossy(&output).lines().next().unwrap_or_default().trim().to_owned()
+    };
+    let rustc = run(Command::new("rustc").arg(format!("+{}", rust_src::toolchain())).arg("--version"))
+        .map(first_line)?;
+    let linker = run(Command::new("ld").arg("--version")).map(first_line)?;
+    Ok(format!("{rustc}, {linker}"))
 }
 
 /// Compiles everything into one relocatable object and returns its bytes.
