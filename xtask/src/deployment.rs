@@ -52,11 +52,17 @@ impl Deployment {
             ]))?;
             target_directory()
         })?;
-        let release_dir = target.join("release");
+        let release = target.join("release");
+        // Line tables are most of a binary, and each megabyte takes its time into an emulated machine.
+        let stripped = |name: &str| -> Result<PathBuf> {
+            let (whole, lean) = (release.join(name), target.join(format!("{name}.stripped")));
+            run(Command::new("strip").arg("-o").arg(&lean).arg(whole))?;
+            Ok(lean)
+        };
         Ok(Self {
-            migrator: release_dir.join("dom0-migrator"),
-            probe: release_dir.join("guest-probe"),
-            ticker: release_dir.join("guest-ticker"),
+            migrator: stripped("dom0-migrator")?,
+            probe: stripped("guest-probe")?,
+            ticker: stripped("guest-ticker")?,
             module,
         })
     }
