@@ -73,13 +73,15 @@ impl Deployment {
     /// When the module does not load or the probe does not attach.
     pub fn install(&self, lab: &Lab) -> Result<()> {
         step("putting dom0-migrator into both hosts", || {
-            for host in [Host::Source, Host::Target] {
+            for host in Host::BOTH {
+                lab.host(host).must("mkdir -p /usr/local/bin", LIMIT)?;
                 lab.host(host).push(&self.migrator, MIGRATOR, 0o755)?;
             }
             Ok(())
         })?;
         step("putting module, probe and ticker into the guest", || {
             let guest = lab.guest();
+            guest.must("mkdir -p /usr/local/bin", LIMIT)?;
             guest.push(&self.module, MODULE, 0o644)?;
             guest.push(&self.probe, PROBE, 0o755)?;
             guest.push(&self.ticker, TICKER, 0o755)?;
