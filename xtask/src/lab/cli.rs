@@ -19,7 +19,8 @@ use crate::setup;
 /// Raise, use and end the lab.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Which lab, when more than one is up: the number of the process that holds it
+    /// Which lab, by the number of the process that holds it: needed when more than one is up, or to look into one that a demo or a
+    /// test has raised for itself
     #[arg(long, global = true)]
     pid: Option<u32>,
     #[command(subcommand)]
@@ -89,6 +90,7 @@ pub fn run(args: &Args) -> Result<()> {
 
 fn up() -> Result<()> {
     let mut lab = Lab::warm(&Options::default())?;
+    lab.announce(true)?;
     println!("{}\nCtrl-C ends it.", lab.describe());
     loop {
         // The handler of signals ends it, and this process.
@@ -163,13 +165,16 @@ fn down(pid: Option<u32>) -> Result<()> {
     Ok(())
 }
 
-/// The one lab that is up, or that of a process.
+/// The one lab that `lab up` has raised, or that of a process.
 fn only(pid: Option<u32>) -> Result<Record> {
     let mut records = living()?;
-    records.retain(|record| pid.is_none_or(|pid| record.pid == pid));
+    records.retain(|record| pid.map_or(record.by_hand, |pid| record.pid == pid));
     match (records.pop(), records.pop()) {
         (Some(record), None) => Ok(record),
-        (None, _) => bail!("no lab is up: `cargo xtask lab up` raises it"),
+        (None, _) => match living()?.first() {
+            Some(other) => bail!("process {} has a lab for itself; to look into it, say --pid", other.pid),
+            None => bail!("no lab is up: `cargo xtask lab up` raises it"),
+        },
         (Some(one), Some(other)) => {
             bail!("more than one lab is up (processes {} and {} hold them): say --pid", one.pid, other.pid)
         }

@@ -105,15 +105,17 @@ impl Lab {
         for host in Host::BOTH {
             lab.qemu(host).monitor()?.execute("cont", &json!({}))?;
         }
-        lab.announce()?;
+        lab.announce(false)?;
         Ok(lab)
     }
 
-    /// Lets other processes of this user find it: one that is only being built is nobody's business.
-    fn announce(&self) -> Result<()> {
+    /// Lets other processes of this user find it, and tells them whether it is there for a person to use. One that is only being built
+    /// is nobody's business.
+    pub(super) fn announce(&self, by_hand: bool) -> Result<()> {
         let ports = |of: fn(&Config) -> u16| Host::BOTH.map(|host| of(self.qemu(host).config())).to_vec();
         self.run_dir.record(&Record {
             pid: std::process::id(),
+            by_hand,
             sockets: self.run_dir.sockets().to_owned(),
             dom0_ports: ports(|config| config.dom0_port),
             guest_ports: ports(|config| config.guest_port),

@@ -24,6 +24,8 @@ use crate::cache;
 pub(super) struct Record {
     /// The process that holds it.
     pub(super) pid: u32,
+    /// Whether it was raised for a person to use; others are a test's or a demo's, and not to be touched.
+    pub(super) by_hand: bool,
     /// Its directory for sockets.
     pub(super) sockets: PathBuf,
     /// Ports that lead to a shell in the dom0s of source and target; empty while it is raised.
