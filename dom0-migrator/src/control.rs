@@ -11,6 +11,7 @@
 //!   │ ◄──────────────── Ready | Refused ─────│
 //!   │ ── stream: Greeting, side: Greeting ──►│  starts xl migrate-receive on the stream
 //!   │            … the migration …           │
+//!   │ ── GaveUp, if xl failed ──────────────►│
 //!   │ ◄──────────────────────── Finished ────│  xl is done, what it left behind is removed
 //! ```
 //!
@@ -94,6 +95,9 @@ pub enum FromSource {
         /// Whether all pages are compared at the end.
         debug: bool,
     },
+    /// xl has failed at the source: what has not come by now does not come. (A connection that is merely lost says nothing; the
+    /// two xl may well be going on.)
+    GaveUp,
 }
 
 /// What the target says.

@@ -84,6 +84,8 @@ impl SaveReport {
 pub struct RestoreReport {
     /// Why the restore failed, when it did.
     pub error: Option<String>,
+    /// Whether it failed only since the source stopped in the middle.
+    pub cut_short: bool,
     /// From the start of the helper to the end of the restore.
     pub seconds: f64,
     /// Whether pages were compared at the end.

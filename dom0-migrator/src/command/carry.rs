@@ -47,9 +47,9 @@ pub fn run() -> u8 {
 }
 
 fn carry(socket: &TcpStream) -> (CarriedReport, io::Result<()>) {
-    let (input, output) = match (own(&io::stdin()), own(&io::stdout())) {
-        (Ok(input), Ok(output)) => (input, output),
-        (Err(error), _) | (_, Err(error)) => return (CarriedReport::default(), Err(error)),
+    let (input, output) = match take_pipes() {
+        Ok(pipes) => pipes,
+        Err(error) => return (CarriedReport::default(), Err(error)),
     };
     std::thread::scope(|scope| {
         let back = scope.spawn(move || backward(socket, &File::from(output)));
@@ -65,8 +65,14 @@ fn carry(socket: &TcpStream) -> (CarriedReport, io::Result<()>) {
     })
 }
 
-fn own(stream: &impl AsFd) -> io::Result<OwnedFd> {
-    stream.as_fd().try_clone_to_owned()
+/// Takes stdin and stdout over, and leaves /dev/null in their places: each pipe is then closed when its direction ends, which is
+/// how xl learns of it.
+fn take_pipes() -> io::Result<(OwnedFd, OwnedFd)> {
+    let pipes = (io::stdin().as_fd().try_clone_to_owned()?, io::stdout().as_fd().try_clone_to_owned()?);
+    let nothing = File::options().read(true).write(true).open("/dev/null")?;
+    nix::unistd::dup2_stdin(&nothing)?;
+    nix::unistd::dup2_stdout(&nothing)?;
+    Ok(pipes)
 }
 
 /// Passes everything from a socket to a pipe, each piece as it comes: xl waits for answers of a few bytes. (`io::copy` would

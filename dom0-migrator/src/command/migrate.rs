@@ -132,7 +132,7 @@ fn migrate(
     let Seen { saved, carried, interrupted, .. } = run.seen;
     listener.close();
     let wire_before_end = link.carried();
-    link.hang_up();
+    link.hang_up(status.is_some_and(|status| status.success()));
     let target = link.outcome();
     let (outcome, error) = judge(status, interrupted, &said, saved.as_ref(), target.as_ref());
     if outcome != Outcome::Migrated {
@@ -261,8 +261,11 @@ impl Link {
         WireBytes { stream: of(&self.stream), side: of(&self.side), control: of(&self.control) }
     }
 
-    /// Ends stream and side channel: xl is done here, whatever the target still waits for.
-    fn hang_up(&self) {
+    /// Ends stream and side channel: xl is done here, whatever the target still waits for; and says so when it failed.
+    fn hang_up(&mut self, migrated: bool) {
+        if !migrated && let Err(error) = control::write_line(&mut self.control, &FromSource::GaveUp) {
+            tracing::warn!(%error, target = self.target, "could not be told that xl has failed");
+        }
         for connection in [&self.stream, &self.side] {
             let _ = connection.shutdown(Shutdown::Both);
         }
@@ -415,12 +418,18 @@ fn judge(
         (false, true) => Outcome::Interrupted,
         (false, false) => Outcome::Failed,
     };
-    let restore_error = target.ok().and_then(|target| {
-        target.restore.as_ref().and_then(|restore| restore.error.clone()).or_else(|| target.error.clone())
-    });
+    if outcome == Outcome::Interrupted {
+        return (outcome, Some("a signal came before all memory was sent".into()));
+    }
+    // Each side's error is the other's consequence; the one that is not is wanted.
+    let restore = target.ok().and_then(|target| target.restore.as_ref());
+    let restore_error =
+        restore.filter(|restore| !restore.cut_short).and_then(|restore| restore.error.clone());
+    let at_target = |error| format!("at the target: {error}");
     let why = restore_error
-        .map(|error| format!("at the target: {error}"))
+        .map(at_target)
         .or_else(|| saved.and_then(|saved| saved.error.clone()))
+        .or_else(|| target.ok().and_then(|target| target.error.clone()).map(at_target))
         .or_else(|| target.err().cloned())
         .or_else(|| said.last().cloned())
         .unwrap_or_else(|| format!("xl ended with {status:?}"));
@@ -457,5 +466,45 @@ fn clean_up(domain: &Domain, helper: HelperKind, saved: bool) {
         && let Ok(store) = Xenstore::open()
     {
         let _ = Requester::new(store, domain.id).tell(RequestKind::Ended);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::RestoreReport;
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::ExitStatus;
+
+    fn failed() -> Option<ExitStatus> {
+        Some(ExitStatus::from_raw(1 << 8))
+    }
+
+    fn target(error: &str, cut_short: bool) -> TargetOutcome {
+        let restore = RestoreReport { error: Some(error.into()), cut_short, ..RestoreReport::default() };
+        TargetOutcome { error: Some("xl gave up".into()), restore: Some(restore), ..TargetOutcome::default() }
+    }
+
+    #[test]
+    fn the_cause_is_told_and_not_its_consequence() {
+        let saved = SaveReport { error: Some("broken pipe".into()), ..SaveReport::default() };
+        let cause = |target: &TargetOutcome| judge(failed(), false, &[], Some(&saved), Ok(target)).1.unwrap();
+        assert_eq!(cause(&target("2 pages differ", false)), "at the target: 2 pages differ");
+        assert_eq!(cause(&target("stream ended", true)), "broken pipe");
+        assert_eq!(cause(&TargetOutcome::default()), "broken pipe");
+    }
+
+    #[test]
+    fn outcomes_are_told_apart() {
+        let gone = "no answer".to_owned();
+        let outcome = |status, interrupted, line: &str| {
+            judge(status, interrupted, &[line.to_owned()], None, Err(&gone)).0
+        };
+        assert_eq!(outcome(Some(ExitStatus::from_raw(0)), false, ""), Outcome::Migrated);
+        assert_eq!(outcome(failed(), false, "Migration failed, resuming at sender."), Outcome::Failed);
+        assert_eq!(outcome(failed(), true, "Migration failed, resuming at sender."), Outcome::Interrupted);
+        let handshake = "** Migration failed during final handshake **";
+        assert_eq!(outcome(failed(), true, handshake), Outcome::Undefined);
+        assert_eq!(outcome(None, false, ""), Outcome::Failed);
     }
 }

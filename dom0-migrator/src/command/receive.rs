@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
@@ -33,6 +33,8 @@ const TICK: Duration = Duration::from_millis(100);
 const GREETING: Duration = Duration::from_secs(10);
 /// How long the other two connections may take to come.
 const PARTNERS: Duration = Duration::from_secs(30);
+/// How long xl may take to end in its own way.
+const GRACE: Duration = Duration::from_secs(5);
 /// Connections that are attended to at once; more are closed.
 const CONNECTIONS_MAX: usize = 64;
 /// Longest name of a domain that is accepted.
@@ -63,6 +65,8 @@ enum SessionError {
     Leftover { name: String, id: DomainId },
     #[error("a domain {name} is here already, as domain {id}")]
     Exists { name: String, id: DomainId },
+    #[error("the source did not begin with what it wants")]
+    NoStart,
     #[error("this host is about to stop receiving")]
     Ending,
 }
@@ -188,7 +192,9 @@ fn control_session(
     token: &Token,
 ) -> Result<Option<bool>, SessionError> {
     let mut lines = connection::reader(&control).map_err(system("control connection"))?;
-    let FromSource::Start { domain, helper, debug: compare } = control::read_line(&mut lines)?;
+    let FromSource::Start { domain, helper, debug: compare } = control::read_line(&mut lines)? else {
+        return Err(SessionError::NoStart);
+    };
     let here =
         control.local_addr().and_then(|here| Ok(here.ip() == control.peer_addr()?.ip())).unwrap_or(false);
     let claim = match Claim::new(&domain, here, shared) {
@@ -202,7 +208,16 @@ fn control_session(
     control::write_line(&mut control, &FromTarget::Ready)?;
     let (stream, side) = both(partners)?;
     lock(&shared.waiting).remove(token);
-    let outcome = receive(&claim.name, helper, compare, stream, side, shared)
+    control.set_read_timeout(None).map_err(system("control connection"))?;
+    let gave_up = Arc::new(AtomicBool::new(false));
+    let flag = gave_up.clone();
+    std::thread::spawn(move || {
+        let said = control::read_line(&mut lines);
+        flag.store(matches!(said, Ok(FromSource::GaveUp)), Ordering::Release);
+    });
+    let migration = Migration { name: &claim.name, helper, compare };
+    let given_up = || gave_up.load(Ordering::Acquire);
+    let outcome = receive(&migration, stream, side, shared, given_up)
         .unwrap_or_else(|error| TargetOutcome { error: Some(error.to_string()), ..TargetOutcome::default() });
     match &outcome.error {
         None => tracing::info!(domain, "the domain runs here"),
@@ -286,28 +301,45 @@ struct Heard {
     mismatch_lines: AtomicU64,
 }
 
+/// What is to be received.
+struct Migration<'a> {
+    name: &'a str,
+    helper: HelperKind,
+    compare: bool,
+}
+
 /// Runs xl for one migration, and removes what it leaves when it fails.
 fn receive(
-    name: &str,
-    helper: HelperKind,
-    debug: bool,
+    migration: &Migration<'_>,
     stream: TcpStream,
     side: TcpStream,
     shared: &Shared,
+    given_up: impl Fn() -> bool,
 ) -> Result<TargetOutcome, SessionError> {
+    let Migration { name, helper, compare } = *migration;
     let heard = Arc::new(Heard::default());
     let listener = Arc::new(Listener::bind()?);
-    let order = Order { socket: true, references: true, wait_lists_seconds: 0, debug };
+    let order = Order { socket: true, references: true, wait_lists_seconds: 0, debug: compare };
     serve(&listener, side, order, &heard).map_err(system("handoff"))?;
     let mut xl = start_xl(helper, &listener, stream, &heard).map_err(system("xl migrate-receive"))?;
-    let mut told = false;
+    let mut deadline: Option<Instant> = None;
     let status = loop {
         if let Some(status) = xl.try_wait().map_err(system("xl migrate-receive"))? {
             break status;
         }
-        if shared.ending.load(Ordering::Acquire) && !told && !heard.complete.load(Ordering::Acquire) {
-            xl.signal(Signal::SIGTERM);
-            told = true;
+        if !heard.complete.load(Ordering::Acquire) {
+            // A source that gave up has closed the stream, by which xl ends in its own way; but it may not be listening.
+            let grace = if shared.ending.load(Ordering::Acquire) {
+                Some(Duration::ZERO)
+            } else {
+                given_up().then_some(GRACE)
+            };
+            if let Some(grace) = grace
+                && Instant::now() >= *deadline.get_or_insert_with(|| Instant::now() + grace)
+            {
+                xl.signal(Signal::SIGTERM);
+                deadline = Some(Instant::now() + GRACE);
+            }
         }
         std::thread::sleep(TICK);
     };

@@ -32,6 +32,7 @@ pub fn run(arguments: &RestoreArguments, channel: &Arc<Channel>) -> Result<(), C
     let result = restore(arguments, channel, peer.as_ref(), &mut report);
     report.seconds = started.elapsed().as_secs_f64();
     report.error = result.as_ref().err().map(ToString::to_string);
+    report.cut_short = matches!(&result, Err(HelperError::Engine(EngineError::Truncated { .. })));
     if let Some(peer) = &peer {
         let _ = peer.tell(&Event::Restored(Box::new(report)));
     }

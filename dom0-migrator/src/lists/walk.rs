@@ -195,13 +195,15 @@ mod tests {
 
     const LAST: Pfn = Pfn(9_999);
 
+    type Pages = BTreeMap<u64, Box<[u8]>>;
+
     /// A guest of 10,000 pages, those that are written to among them.
     #[derive(Clone, Default)]
     struct Fake {
-        pages: BTreeMap<u64, Box<[u8]>>,
+        pages: Pages,
         reads: u64,
         /// Done after this many reads of pages.
-        later: Option<(u64, fn(&mut BTreeMap<u64, Box<[u8]>>))>,
+        later: Option<(u64, fn(&mut Pages))>,
     }
 
     impl GuestMemory for Fake {
@@ -325,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_generation_that_follows_is_read_instead() {
-        fn publish_two_more(pages: &mut BTreeMap<u64, Box<[u8]>>) {
+        fn publish_two_more(pages: &mut Pages) {
             pages.insert(100, root(5, 1, 1, 1));
             pages.insert(200, index(5, NO_PFN, &[300]));
             pages.insert(300, leaf(5, &[run(7000, 2)]));
