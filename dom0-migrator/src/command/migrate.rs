@@ -4,7 +4,8 @@
 //! process of ours is left. The one exception is xl's own: once the target has been told to go, a lost reply leaves both sides
 //! in doubt ([`Outcome::Undefined`]).
 
-use std::io::BufReader;
+use std::fs::File;
+use std::io::{BufReader, Write as _};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -77,9 +78,14 @@ pub fn run(options: &Migrate) -> u8 {
         let tell = tell.clone();
         signals::on_signal(move |signal| drop(tell.send(Happening::Signal(signal))))
     };
-    let migrated = on_signal.map_err(system("signals")).and_then(|()| migrate(options, &tell, &happenings));
-    let summary = match migrated {
-        Ok(summary) => summary,
+    // Opened before anything is begun: what cannot be written had better be known now.
+    let json = options.json.as_ref().map(File::create).transpose();
+    let migrated = json.map_err(system("the file for the summary")).and_then(|json| {
+        on_signal.map_err(system("signals"))?;
+        migrate(options, &tell, &happenings).map(|summary| (summary, json))
+    });
+    let (summary, json) = match migrated {
+        Ok(done) => done,
         Err(error) => {
             eprintln!("dom0-migrator: {error}");
             return EXIT_NOT_BEGUN;
@@ -92,13 +98,13 @@ pub fn run(options: &Migrate) -> u8 {
         Outcome::Interrupted => EXIT_INTERRUPTED,
         Outcome::Undefined => EXIT_UNDEFINED,
     };
-    if let Some(path) = &options.json {
-        let written = serde_json::to_string_pretty(&summary)
+    if let Some(json) = json {
+        let written = serde_json::to_writer_pretty(&json, &summary)
             .map_err(std::io::Error::from)
-            .and_then(|json| std::fs::write(path, json + "\n"));
+            .and_then(|()| writeln!(&json));
         if let Err(error) = written {
-            eprintln!("dom0-migrator: cannot write {}: {error}", path.display());
-            return if code == EXIT_MIGRATED { EXIT_FAILED } else { code };
+            // What happened to the domain is what the exit code tells.
+            eprintln!("dom0-migrator: the summary could not be written: {error}");
         }
     }
     code
@@ -365,6 +371,9 @@ impl Run<'_> {
             Happening::Line(line) => {
                 self.seen.saving |= line.starts_with("Saving to migration stream");
                 self.progress.line(&line);
+            }
+            Happening::Signal(signal) if self.seen.saved.is_some() => {
+                self.progress.line(&format!("{signal}: too late, all memory is sent; a few seconds more"));
             }
             Happening::Signal(signal) => {
                 self.seen.interrupted = true;

@@ -196,6 +196,7 @@ mod tests {
     const LAST: Pfn = Pfn(9_999);
 
     type Pages = BTreeMap<u64, Box<[u8]>>;
+    type Change = fn(&mut Pages);
 
     /// A guest of 10,000 pages, those that are written to among them.
     #[derive(Clone, Default)]
@@ -203,7 +204,7 @@ mod tests {
         pages: Pages,
         reads: u64,
         /// Done after this many reads of pages.
-        later: Option<(u64, fn(&mut Pages))>,
+        later: Option<(u64, Change)>,
     }
 
     impl GuestMemory for Fake {
