@@ -79,35 +79,45 @@ pub fn run(options: &Migrate) -> u8 {
         signals::on_signal(move |signal| drop(tell.send(Happening::Signal(signal))))
     };
     // Opened before anything is begun: what cannot be written had better be known now.
-    let json = options.json.as_ref().map(File::create).transpose();
-    let migrated = json.map_err(system("the file for the summary")).and_then(|json| {
-        on_signal.map_err(system("signals"))?;
-        migrate(options, &tell, &happenings).map(|summary| (summary, json))
-    });
-    let (summary, json) = match migrated {
-        Ok(done) => done,
+    let json = match options.json.as_ref().map(File::create).transpose() {
+        Ok(json) => json,
         Err(error) => {
-            eprintln!("dom0-migrator: {error}");
+            eprintln!("dom0-migrator: the file for the summary: {error}");
             return EXIT_NOT_BEGUN;
         }
     };
-    print!("{summary}");
-    let code = match summary.outcome {
-        Outcome::Migrated => EXIT_MIGRATED,
-        Outcome::Failed => EXIT_FAILED,
-        Outcome::Interrupted => EXIT_INTERRUPTED,
-        Outcome::Undefined => EXIT_UNDEFINED,
-    };
-    if let Some(json) = json {
-        let written = serde_json::to_writer_pretty(&json, &summary)
-            .map_err(std::io::Error::from)
-            .and_then(|()| writeln!(&json));
-        if let Err(error) = written {
-            // What happened to the domain is what the exit code tells.
-            eprintln!("dom0-migrator: the summary could not be written: {error}");
+    let migrated = on_signal.map_err(system("signals")).and_then(|()| migrate(options, &tell, &happenings));
+    match migrated {
+        Ok(summary) => {
+            print!("{summary}");
+            write_json(json, &summary);
+            match summary.outcome {
+                Outcome::Migrated => EXIT_MIGRATED,
+                Outcome::Failed => EXIT_FAILED,
+                Outcome::Interrupted => EXIT_INTERRUPTED,
+                Outcome::Undefined => EXIT_UNDEFINED,
+            }
+        }
+        Err(error) => {
+            eprintln!("dom0-migrator: {error}");
+            let not_begun = serde_json::json!({
+                "domain": options.domain, "outcome": "not_begun", "error": error.to_string(),
+            });
+            write_json(json, &not_begun);
+            EXIT_NOT_BEGUN
         }
     }
-    code
+}
+
+/// Writes the summary, if it is wanted. What happened to the domain is what the exit code tells, so failing is only said.
+fn write_json(file: Option<File>, summary: &impl serde::Serialize) {
+    let Some(mut file) = file else { return };
+    let written = serde_json::to_writer_pretty(&file, summary)
+        .map_err(std::io::Error::from)
+        .and_then(|()| writeln!(file));
+    if let Err(error) = written {
+        eprintln!("dom0-migrator: the summary could not be written: {error}");
+    }
 }
 
 fn migrate(
@@ -132,6 +142,7 @@ fn migrate(
     let mut run = Run { xl, helper, progress, link: &link, seen: Seen::default() };
     let status = run.watch(happenings);
     let total_seconds = started.elapsed().as_secs_f64();
+    run.end_orphan(status);
     run.collect(happenings);
     let said = run.xl.said();
     run.progress.finish();
@@ -329,6 +340,14 @@ impl Run<'_> {
             if self.seen.interrupted {
                 self.interrupt();
             }
+        }
+    }
+
+    /// Ends a helper whose xl has been killed: it would write all memory before it noticed.
+    fn end_orphan(&self, status: Option<std::process::ExitStatus>) {
+        let killed = status.is_none_or(|status| status.code().is_none());
+        if let Some(pid) = self.seen.save_helper.filter(|_| killed && self.seen.saved.is_none()) {
+            let _ = kill(Pid::from_raw(pid.cast_signed()), Signal::SIGTERM);
         }
     }
 

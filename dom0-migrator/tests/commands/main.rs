@@ -235,7 +235,19 @@ fn nobody_listening_is_said_before_anything_is_begun() {
     let ended = source.migrate("", "db1", &free_address());
     assert_eq!(ended.code, i32::from(EXIT_NOT_BEGUN));
     assert!(ended.stderr.contains("dom0-migrator receive"), "{}", ended.stderr);
+    assert_eq!(ended.summary["outcome"], "not_begun");
     assert_eq!(source.migrate("", "db2", &free_address()).code, i32::from(EXIT_NOT_BEGUN));
+}
+
+#[test]
+fn a_summary_that_cannot_be_written_is_said_before_anything_is_begun() {
+    let (source, target) = (Host::new().with_domain(3, "db1"), Host::new());
+    let receiver = target.receive("", &[]);
+    let mut command = source.command("");
+    command.args(["migrate", "db1", &receiver.address, "--stock", "--json", "/nowhere/summary.json"]);
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(i32::from(EXIT_NOT_BEGUN)));
+    assert_eq!((source.domains(), target.domains()), (vec!["db1".to_owned()], vec![]));
 }
 
 #[test]
