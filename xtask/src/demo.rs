@@ -154,7 +154,18 @@ fn measure(lab: &Lab, rate: u64, options: Options) -> Result<Measured> {
     lab.set_link_rate(Some(rate))?;
     lab.set_clocks()?;
     Deployment::start_ticker(lab)?;
-    let report = migrate(lab, Host::Source, options)?;
+    let mut report = migrate(lab, Host::Source, options)?;
+    if options.stock {
+        // The stock helper knows neither markers nor references.
+        for none in [
+            &mut report.pages_zero,
+            &mut report.pages_referenced,
+            &mut report.pages_accepted,
+            &mut report.pages_refused,
+        ] {
+            *none = Some(0);
+        }
+    }
     let downtime: Duration = Deployment::stop_ticker(lab)?;
     lab.set_link_rate(None)?;
     Ok(Measured { downtime_seconds: downtime.as_secs_f64(), report })
