@@ -454,9 +454,11 @@ fn judge(
     let restore_error =
         restore.filter(|restore| !restore.cut_short).and_then(|restore| restore.error.clone());
     let at_target = |error| format!("at the target: {error}");
+    let helper_lost = restore.is_some_and(|restore| restore.cut_short) && saved.is_none();
     let why = restore_error
         .map(at_target)
         .or_else(|| saved.and_then(|saved| saved.error.clone()))
+        .or_else(|| helper_lost.then(|| "the save helper ended without a report: was it killed?".into()))
         .or_else(|| target.ok().and_then(|target| target.error.clone()).map(at_target))
         .or_else(|| target.err().cloned())
         .or_else(|| said.last().cloned())
@@ -520,6 +522,8 @@ mod tests {
         assert_eq!(cause(&target("2 pages differ", false)), "at the target: 2 pages differ");
         assert_eq!(cause(&target("stream ended", true)), "broken pipe");
         assert_eq!(cause(&TargetOutcome::default()), "broken pipe");
+        let killed = judge(failed(), false, &[], None, Ok(&target("stream ended", true))).1.unwrap();
+        assert!(killed.contains("without a report"), "{killed}");
     }
 
     #[test]
