@@ -24,14 +24,11 @@ const PACKAGES: &[(&str, &str)] = &[
     ("pkg-config", "finds C libraries"),
     ("libelf-dev", "libbpf-rs"),
     ("zlib1g-dev", "libbpf-rs"),
-    ("libxen-dev", "xenctrl"),
-    ("libclang-dev", "bindgen, for xenctrl"),
+    ("libxen-dev", "Xen's libraries, which tests of dom0-migrator open"),
     ("qemu-system-x86", "the lab's machines"),
     ("qemu-utils", "disk images"),
-    ("e2fsprogs", "file systems of the lab"),
-    ("xfsprogs", "file systems of the tests"),
+    ("e2fsprogs", "file systems of the lab and of the tests"),
     ("fdisk", "partitions of the lab's disk"),
-    ("iproute2", "network namespaces of the tests"),
 ];
 
 /// Packages of which a Debian release may have versions that are too old; its backports then have newer ones. The lab keeps the state
