@@ -150,8 +150,12 @@ fn kill_midway(lab: &Lab, from: Host, victim: Victim) -> Result<()> {
 }
 
 fn unload(lab: &Lab, deployment: &Deployment) -> Result<()> {
+    let at = lab.guest_host()?;
+    let announced = format!("xenstore-exists /local/domain/$(xl domid {DOMAIN})/data/poolskip");
     deployment.stop_probe(lab)?;
+    ensure!(lab.host(at).run(&announced, LIMIT)?.status == 0, "the module has announced nothing in xenstore");
     guest(lab, "rmmod poolskip")?;
+    ensure!(lab.host(at).run(&announced, LIMIT)?.status != 0, "the module's nodes are still in xenstore");
     let words = guest(lab, "dmesg")?;
     for bad in ["WARNING:", "BUG:", "Oops", "Call Trace"] {
         ensure!(!words.contains(bad), "the guest's kernel log has {bad:?}:\n{words}");
