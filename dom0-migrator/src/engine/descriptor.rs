@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::error::EngineError;
+use super::error::{EngineError, StreamProblem};
+use super::xen_stream::{
+    DOMAIN_HEADER, IMAGE_HEADER, MAX_RECORD, RECORD_HEADER, RecordHeader, check_headers,
+};
 
 /// Slices that one `writev(2)` takes at most (`IOV_MAX` of Linux).
 const MAX_SLICES: usize = 1024;
@@ -59,6 +62,27 @@ impl Input {
     /// Bytes read so far.
     pub fn offset(&self) -> u64 {
         self.offset
+    }
+
+    /// Reads and checks the image and domain headers, with which a stream begins.
+    pub fn read_stream_headers(&mut self) -> Result<[u8; IMAGE_HEADER + DOMAIN_HEADER], EngineError> {
+        let mut headers = [0; IMAGE_HEADER + DOMAIN_HEADER];
+        self.read_exact(&mut headers, "the image and domain headers")?;
+        check_headers(&headers).map_err(EngineError::Header)?;
+        Ok(headers)
+    }
+
+    /// Reads a record's header; one that is longer than any record may be is refused.
+    pub fn read_record_header(&mut self) -> Result<RecordHeader, EngineError> {
+        let offset = self.offset;
+        let mut bytes = [0; RECORD_HEADER];
+        self.read_exact(&mut bytes, "a record's header")?;
+        let header = RecordHeader::parse(&bytes, offset);
+        if header.length > MAX_RECORD {
+            let (length, expected) = (u64::from(header.length), u64::from(MAX_RECORD));
+            return Err(header.error(StreamProblem::Length { length, expected }));
+        }
+        Ok(header)
     }
 
     /// Fills the buffer.

@@ -17,10 +17,7 @@ use crate::engine::memory_record::{self, Builder};
 use crate::engine::reference_map::ReferenceMap;
 use crate::engine::summary::{DrainReport, SourceStats};
 use crate::engine::window::Window;
-use crate::engine::xen_stream::{
-    DOMAIN_HEADER, IMAGE_HEADER, MAX_PAGE_DATA, MAX_RECORD, PageData, RECORD_HEADER, RecordHeader,
-    check_headers, is_page_table, record,
-};
+use crate::engine::xen_stream::{MAX_PAGE_DATA, PageData, RecordHeader, is_page_table, record};
 
 /// How memory is treated now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,20 +64,11 @@ pub(super) struct Filter {
 
 impl Filter {
     pub(super) fn run(&mut self) -> Result<(), EngineError> {
-        let mut headers = [0; IMAGE_HEADER + DOMAIN_HEADER];
-        self.input.read_exact(&mut headers, "the image and domain headers")?;
-        check_headers(&headers).map_err(EngineError::Header)?;
+        let headers = self.input.read_stream_headers()?;
         self.output.write_all(&headers)?;
         loop {
             self.wait_for_input()?;
-            let offset = self.input.offset();
-            let mut bytes = [0; RECORD_HEADER];
-            self.input.read_exact(&mut bytes, "a record's header")?;
-            let header = RecordHeader::parse(&bytes, offset);
-            if header.length > MAX_RECORD {
-                let (length, expected) = (u64::from(header.length), u64::from(MAX_RECORD));
-                return Err(header.error(StreamProblem::Length { length, expected }));
-            }
+            let header = self.input.read_record_header()?;
             match header.kind {
                 record::PAGE_DATA => self.page_data(header)?,
                 record::CHECKPOINT | record::CHECKPOINT_DIRTY_PFN_LIST => {

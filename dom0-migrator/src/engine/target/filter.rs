@@ -15,8 +15,8 @@ use crate::engine::restorer::{Batch, Key, Restorer, Wanted};
 use crate::engine::side_message::Refusal;
 use crate::engine::summary::{DiskSummary, RefusalCounts, TargetStats};
 use crate::engine::xen_stream::{
-    DOMAIN_HEADER, DOMAIN_HVM, Entry, IMAGE_HEADER, MAX_PAGE_DATA, MAX_RECORD, NOTAB, PAGE, PageData,
-    RECORD_HEADER, RecordHeader, XALLOC, ZERO_PAGE, check_headers, domain_type, record,
+    DOMAIN_HVM, Entry, MAX_PAGE_DATA, NOTAB, PAGE, PageData, RecordHeader, XALLOC, ZERO_PAGE, domain_type,
+    record,
 };
 
 /// Where the stream is.
@@ -67,21 +67,12 @@ pub(super) struct Filter {
 
 impl Filter {
     pub(super) fn run(&mut self) -> Result<(), EngineError> {
-        let mut headers = [0; IMAGE_HEADER + DOMAIN_HEADER];
-        self.input.read_exact(&mut headers, "the image and domain headers")?;
-        check_headers(&headers).map_err(EngineError::Header)?;
+        let headers = self.input.read_stream_headers()?;
         self.output.write_all(&headers)?;
         self.placeholders = domain_type(&headers) == DOMAIN_HVM;
         loop {
             self.wait_for_input()?;
-            let offset = self.input.offset();
-            let mut bytes = [0; RECORD_HEADER];
-            self.input.read_exact(&mut bytes, "a record's header")?;
-            let header = RecordHeader::parse(&bytes, offset);
-            if header.length > MAX_RECORD {
-                let (length, expected) = (u64::from(header.length), u64::from(MAX_RECORD));
-                return Err(header.error(StreamProblem::Length { length, expected }));
-            }
+            let header = self.input.read_record_header()?;
             match header.kind {
                 record::PAGE_DATA => self.page_data(header)?,
                 memory_record::RECORD_TYPE => self.private_record(header)?,
