@@ -69,7 +69,7 @@ pub struct Proof {
     pub checksums_equal: bool,
 }
 
-/// The run with wrong hints and a client that writes.
+/// The run with wrong hints.
 #[derive(Debug, Serialize)]
 pub struct WrongHints {
     /// References whose page on disk was another, noticed by the hash.
@@ -78,6 +78,15 @@ pub struct WrongHints {
     pub pages_accepted: u64,
     /// Pages that differed at the target.
     pub verify_mismatches: u64,
+}
+
+/// The run through which a client writes, with wrong hints too.
+#[derive(Debug, Serialize)]
+pub struct Writing {
+    /// References that were right.
+    pub pages_accepted: u64,
+    /// References whose page on disk was another, noticed by the hash.
+    pub pages_refused: u64,
     /// Transactions that the client was told were committed; all of them are in the tables.
     pub transactions_acknowledged: u64,
 }
@@ -95,8 +104,10 @@ pub struct Figures {
     pub guest: Guest,
     /// That it is whole.
     pub proof: Proof,
-    /// The same with deliberately wrong hints, while a client writes.
+    /// The same with deliberately wrong hints.
     pub wrong_hints: WrongHints,
+    /// With wrong hints, while a client writes.
+    pub writing: Writing,
 }
 
 /// Runs the demo.
@@ -138,8 +149,9 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let proof = prove(&lab, server)?;
     let wrong_hints = mislead(&lab, &deployment, server)?;
+    let writing = write_through(&lab, server)?;
 
-    let figures = Figures { link_bits_per_second: rate, stock, poolskip, guest, proof, wrong_hints };
+    let figures = Figures { link_bits_per_second: rate, stock, poolskip, guest, proof, wrong_hints, writing };
     print!("{}", picture::table(&figures));
     if let Some(path) = &args.json {
         let json = serde_json::to_string_pretty(&figures)?;
@@ -176,11 +188,7 @@ fn measure(lab: &Lab, rate: u64, options: Options) -> Result<Measured> {
 /// # Errors
 /// When anything differs.
 pub fn prove(lab: &Lab, before: proof::Server) -> Result<Proof> {
-    let tables = proof::tables(lab)?;
-    let expected = proof::expected_checksums(lab)?;
-    let checksums_equal = step("row checksums", || Ok(proof::checksums(lab, &tables)? == expected))?;
-    ensure!(checksums_equal, "the tables' row checksums are not what they were before the migration");
-    let sound = step("CHECK TABLE", || proof::check_tables(lab, &tables))?;
+    let tables = whole(lab, before)?;
     let report = step("back again, with all memory compared at the end", || {
         migrate(lab, Host::Target, Options { stock: false, verify: true })
     })?;
@@ -196,24 +204,44 @@ pub fn prove(lab: &Lab, before: proof::Server) -> Result<Proof> {
         verify_mismatches,
         pages_verified: report.pages_verified.unwrap_or(0),
         mysqld_restarts: u64::from(after != before),
-        tables_ok: sound == tables.len(),
-        tables: tables.len(),
-        checksums_equal,
+        // What is not so has ended this function before.
+        tables_ok: true,
+        tables,
+        checksums_equal: true,
     })
 }
 
-/// Migrates with deliberately wrong hints and a client that writes, all memory compared.
+/// Migrates with deliberately wrong hints, all memory compared: from the source to the target.
 ///
 /// # Errors
 /// When anything differs, or the wrong hints went unnoticed.
 pub fn mislead(lab: &Lab, deployment: &Deployment, before: proof::Server) -> Result<WrongHints> {
     deployment.stop_probe(lab)?;
     deployment.start_probe(lab, "--wrong-hints 1")?;
-    let writer = step("starting a client that writes", || Writer::start(lab))?;
-    let acknowledged_before = writer.acknowledged(lab)?;
-    let report = step("migrating with wrong hints while the client writes", || {
+    let report = step("migrating with wrong hints, all memory compared", || {
         migrate(lab, Host::Source, Options { stock: false, verify: true })
     })?;
+    let verify_mismatches = report.verify_mismatches.context("the migration did not verify")?;
+    ensure!(verify_mismatches == 0, "{verify_mismatches} pages differ at the target");
+    let pages_refused = report.pages_refused.unwrap_or(0);
+    ensure!(pages_refused > 0, "wrong hints were given, and none was refused");
+    whole(lab, before)?;
+    Ok(WrongHints { pages_refused, pages_accepted: report.pages_accepted.unwrap_or(0), verify_mismatches })
+}
+
+/// Migrates while a client writes, from the target to the source, and compares what the client was told was committed. The hints are
+/// those of the probe that runs: wrong ones after [`mislead`].
+///
+/// Memory is not compared here: libxenguest compares while the domain stands still, but what a backend in dom0 writes into it through
+/// a mapped grant (a block that it had asked for, a received packet) is in no dirty log; the domain asks for it again when it runs on.
+///
+/// # Errors
+/// When a transaction is lost, half there or one too many, or a table is not sound.
+pub fn write_through(lab: &Lab, before: proof::Server) -> Result<Writing> {
+    let writer = step("starting a client that writes", || Writer::start(lab))?;
+    let acknowledged_before = writer.acknowledged(lab)?;
+    let report =
+        step("migrating while the client writes", || migrate(lab, Host::Target, Options::default()))?;
     let acknowledged_after = writer.acknowledged(lab)?;
     ensure!(acknowledged_after > acknowledged_before, "no transaction was acknowledged during the migration");
     let transactions = step("comparing what the client was told", || writer.finish(lab))?;
@@ -221,14 +249,21 @@ pub fn mislead(lab: &Lab, deployment: &Deployment, before: proof::Server) -> Res
     step("CHECK TABLE", || proof::check_tables(lab, &tables))?;
     let after = proof::server(lab)?;
     ensure!(after == before, "mysqld was {before:?} and is {after:?}");
-    let verify_mismatches = report.verify_mismatches.context("the migration did not verify")?;
-    ensure!(verify_mismatches == 0, "{verify_mismatches} pages differ at the target");
-    let pages_refused = report.pages_refused.unwrap_or(0);
-    ensure!(pages_refused > 0, "wrong hints were given, and none was refused");
-    Ok(WrongHints {
-        pages_refused,
+    Ok(Writing {
         pages_accepted: report.pages_accepted.unwrap_or(0),
-        verify_mismatches,
+        pages_refused: report.pages_refused.unwrap_or(0),
         transactions_acknowledged: transactions,
     })
+}
+
+/// That the server is the same process, and every row of every table what it was when the guest's disk was made.
+fn whole(lab: &Lab, before: proof::Server) -> Result<usize> {
+    let tables = proof::tables(lab)?;
+    let expected = proof::expected_checksums(lab)?;
+    let equal = step("row checksums", || Ok(proof::checksums(lab, &tables)? == expected))?;
+    ensure!(equal, "the tables' row checksums are not what they were before the migration");
+    let sound = step("CHECK TABLE", || proof::check_tables(lab, &tables))?;
+    let after = proof::server(lab)?;
+    ensure!(after == before, "mysqld was {before:?} and is {after:?}");
+    Ok(sound)
 }

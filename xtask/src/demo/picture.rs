@@ -62,11 +62,13 @@ fn write_table(out: &mut String, f: &Figures) -> std::fmt::Result {
     )?;
     writeln!(
         out,
-        "with wrong hints, writing    {} refused, {} accepted, {} differ; {} acknowledged transactions, all there",
-        f.wrong_hints.pages_refused,
-        f.wrong_hints.pages_accepted,
-        f.wrong_hints.verify_mismatches,
-        f.wrong_hints.transactions_acknowledged
+        "with wrong hints             {} refused, {} accepted, {} differ; tables and checksums as before",
+        f.wrong_hints.pages_refused, f.wrong_hints.pages_accepted, f.wrong_hints.verify_mismatches
+    )?;
+    writeln!(
+        out,
+        "while a client writes        {} refused, {} accepted; {} transactions acknowledged, all there",
+        f.writing.pages_refused, f.writing.pages_accepted, f.writing.transactions_acknowledged
     )
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::demo::mislead;
+use crate::demo::{mislead, write_through};
 use crate::deployment::{Deployment, LIMIT, guest, host};
 use crate::lab::{self, Host, Lab};
 use crate::migration::{DOMAIN, Options, migrate, start};
@@ -38,7 +38,8 @@ pub fn run() -> Result<()> {
     case("after_failures_a_second_attempt_works", || {
         migrate(&lab, Host::Target, Options::default()).map(drop)
     })?;
-    case("wrong_hints_and_writes_change_no_byte", || mislead(&lab, &deployment, server).map(drop))?;
+    case("wrong_hints_change_no_byte", || mislead(&lab, &deployment, server).map(drop))?;
+    case("no_acknowledged_transaction_is_lost_while_moving", || write_through(&lab, server).map(drop))?;
     case("module_unloads_and_leaves_no_node", || unload(&lab, &deployment))
 }
 
