@@ -87,6 +87,8 @@ pub struct Writing {
     pub pages_accepted: u64,
     /// References whose page on disk was another, noticed by the hash.
     pub pages_refused: u64,
+    /// Pages that differed at the target.
+    pub verify_mismatches: u64,
     /// Transactions that the client was told were committed; all of them are in the tables.
     pub transactions_acknowledged: u64,
 }
@@ -232,16 +234,19 @@ pub fn mislead(lab: &Lab, deployment: &Deployment, before: proof::Server) -> Res
 /// Migrates while a client writes, from the target to the source, and compares what the client was told was committed. The hints are
 /// those of the probe that runs: wrong ones after [`mislead`].
 ///
-/// Memory is not compared in this run: of three such runs with the comparison, two found no difference and one found two pages
-/// that differ, and whether a backend in dom0 wrote them while the domain stood still is not yet known (docs/operating.md, "Open").
+/// All memory is compared too. One of three such runs found two pages that differ, not yet explained (docs/operating.md, "Open"): the
+/// check stays as strict as it is.
 ///
 /// # Errors
 /// When a transaction is lost, half there or one too many, or a table is not sound.
 pub fn write_through(lab: &Lab, before: proof::Server) -> Result<Writing> {
     let writer = step("starting a client that writes", || Writer::start(lab))?;
     let acknowledged_before = writer.acknowledged(lab)?;
-    let report =
-        step("migrating while the client writes", || migrate(lab, Host::Target, Options::default()))?;
+    let report = step("migrating while the client writes, all memory compared", || {
+        migrate(lab, Host::Target, Options { stock: false, verify: true })
+    })?;
+    let verify_mismatches = report.verify_mismatches.context("the migration did not verify")?;
+    ensure!(verify_mismatches == 0, "{verify_mismatches} pages differ at the target");
     let acknowledged_after = writer.acknowledged(lab)?;
     ensure!(acknowledged_after > acknowledged_before, "no transaction was acknowledged during the migration");
     let transactions = step("comparing what the client was told", || writer.finish(lab))?;
@@ -252,6 +257,7 @@ pub fn write_through(lab: &Lab, before: proof::Server) -> Result<Writing> {
     Ok(Writing {
         pages_accepted: report.pages_accepted.unwrap_or(0),
         pages_refused: report.pages_refused.unwrap_or(0),
+        verify_mismatches,
         transactions_acknowledged: transactions,
     })
 }

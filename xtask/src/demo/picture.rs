@@ -67,8 +67,11 @@ fn write_table(out: &mut String, f: &Figures) -> std::fmt::Result {
     )?;
     writeln!(
         out,
-        "while a client writes        {} refused, {} accepted; {} transactions acknowledged, all there",
-        f.writing.pages_refused, f.writing.pages_accepted, f.writing.transactions_acknowledged
+        "while a client writes        {} refused, {} accepted, {} differ; {} transactions acknowledged, all there",
+        f.writing.pages_refused,
+        f.writing.pages_accepted,
+        f.writing.verify_mismatches,
+        f.writing.transactions_acknowledged
     )
 }
 
