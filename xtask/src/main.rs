@@ -3,6 +3,7 @@
 mod apt;
 mod build;
 mod cache;
+mod cpio;
 mod demo;
 mod deployment;
 mod lab;

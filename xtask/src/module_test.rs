@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::apt::{Area, Package, unpack};
 use crate::build::module;
 use crate::cache::{self, Key};
+use crate::cpio::Archive;
 use crate::lab;
 use crate::step::{run, step};
 
@@ -80,15 +81,16 @@ fn build_program() -> Result<PathBuf> {
 }
 
 fn initramfs(work: &Path, program: &Path, module: &Path) -> Result<PathBuf> {
-    let root = work.join("root");
-    fs::create_dir(&root)?;
-    fs::copy(module, root.join("poolskip.ko"))?;
-    run(Command::new("strip").arg("-o").arg(root.join("init")).arg(program))?;
+    let lean = work.join("init");
+    run(Command::new("strip").arg("-o").arg(&lean).arg(program))?;
+    let mut archive = Archive::default();
+    // The kernel opens it for the first program's output before that program runs.
+    archive.directory("dev");
+    archive.device("dev/console", 5, 1);
+    archive.file("poolskip.ko", 0o644, &fs::read(module)?);
+    archive.file("init", 0o755, &fs::read(&lean)?);
     let initrd = work.join("initrd.img");
-    run(Command::new("sh")
-        .current_dir(&root)
-        .args(["-c", r#"find . | cpio --quiet -o -H newc -R 0:0 >"$1""#, "sh"])
-        .arg(&initrd))?;
+    fs::write(&initrd, archive.finish())?;
     Ok(initrd)
 }
 

@@ -2,7 +2,6 @@
 
 mod cli;
 mod clock;
-mod cpio;
 mod dom0;
 mod frozen;
 mod guest_disk;

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context, Result};
 
-use super::cpio::Archive;
+use crate::cpio::Archive;
 use crate::step::run;
 
 /// What both kinds of machine need to mount a root.

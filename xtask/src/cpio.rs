@@ -2,29 +2,29 @@
 
 /// An archive in the making.
 #[derive(Default)]
-pub(super) struct Archive {
+pub struct Archive {
     bytes: Vec<u8>,
     inodes: u32,
 }
 
 impl Archive {
     /// Adds a directory.
-    pub(super) fn directory(&mut self, path: &str) {
+    pub fn directory(&mut self, path: &str) {
         self.entry(path, 0o040_755, (0, 0), &[]);
     }
 
     /// Adds a regular file.
-    pub(super) fn file(&mut self, path: &str, mode: u32, content: &[u8]) {
+    pub fn file(&mut self, path: &str, mode: u32, content: &[u8]) {
         self.entry(path, 0o100_000 | mode, (0, 0), content);
     }
 
     /// Adds a character device.
-    pub(super) fn device(&mut self, path: &str, major: u32, minor: u32) {
+    pub fn device(&mut self, path: &str, major: u32, minor: u32) {
         self.entry(path, 0o020_600, (major, minor), &[]);
     }
 
     /// The finished archive.
-    pub(super) fn finish(mut self) -> Vec<u8> {
+    pub fn finish(mut self) -> Vec<u8> {
         self.inodes = 0;
         self.entry("TRAILER!!!", 0, (0, 0), &[]);
         self.bytes
