@@ -1,6 +1,7 @@
 //! `cargo xtask`: builds, tries and tests Poolskip.
 
 mod apt;
+mod bench;
 mod build;
 mod cache;
 mod cpio;
@@ -35,6 +36,8 @@ enum Command {
     Lab(lab::Args),
     /// Migrate a database guest between two Xen hosts, with the stock helper and with Poolskip, and compare
     Demo(demo::Args),
+    /// Measure speed, memory and bytes against a baseline of the same run
+    Bench(bench::Args),
     /// Run all tests
     Test(test::Args),
 }
@@ -45,6 +48,7 @@ fn main() -> anyhow::Result<()> {
         Command::Build(args) => build::run(&args),
         Command::Lab(args) => lab::run(&args),
         Command::Demo(args) => demo::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Test(args) => test::run(&args),
     }
 }

@@ -1,0 +1,39 @@
+//! `cargo xtask bench`: speed, memory and bytes, each against a baseline that is measured in the same run.
+
+mod figures;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use crate::setup;
+use figures::Report;
+
+/// Measure.
+#[derive(clap::Args)]
+pub struct Args {
+    /// What to measure
+    #[command(subcommand)]
+    bench: Bench,
+    /// Write the figures to this file too, as JSON
+    #[arg(long, global = true, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// Every bench is a module of its own with `Args` and `run(&Args) -> Result<Report>`.
+#[derive(clap::Subcommand)]
+enum Bench {}
+
+/// Runs the bench, and shows its figures.
+///
+/// # Errors
+/// When something that is measured does not work.
+pub fn run(args: &Args) -> Result<()> {
+    setup::ensure()?;
+    let report: Report = match args.bench {};
+    print!("{report}");
+    if let Some(file) = &args.json {
+        report.write(file)?;
+    }
+    Ok(())
+}
