@@ -70,7 +70,7 @@ fn save(
         None => (ALONE, None),
     };
     let round = Arc::new(AtomicU32::new(0));
-    let late_writes = Arc::new(LateWritesWatch::new());
+    let late_writes = Arc::new(LateWritesWatch::default());
     let sink = Arc::new(Progress {
         channel: channel.clone(),
         peer: peer.cloned(),

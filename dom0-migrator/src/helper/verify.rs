@@ -100,7 +100,8 @@ impl<S: Sink> Sink for VerifyWatch<S> {
 ///
 /// In `xg_sr_save.c`, `verify_frames` names its progress "Frames verify" and reports it as complete after the last page is written
 /// and before the next record. The wording is the same from Xen 4.17 to 4.22; without it nothing is told, and the comparison counts
-/// late writes as differences.
+/// late writes as differences. It does nothing before [`arm`](Self::arm).
+#[derive(Default)]
 pub struct LateWritesWatch {
     /// What to read, and whom to tell; set once the filter runs.
     reader: OnceLock<(Control, DomainId, LateWritesTeller)>,
@@ -114,11 +115,6 @@ impl std::fmt::Debug for LateWritesWatch {
 }
 
 impl LateWritesWatch {
-    /// One that does nothing before [`arm`](Self::arm).
-    pub fn new() -> Self {
-        Self { reader: OnceLock::new(), done: AtomicBool::new(false) }
-    }
-
     /// Has the log of `domain` read through a handle of its own, and told.
     pub fn arm(&self, control: Control, domain: DomainId, teller: LateWritesTeller) {
         let _ = self.reader.set((control, domain, teller));
