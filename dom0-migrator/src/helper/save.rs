@@ -11,6 +11,7 @@ use super::arguments::SaveArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::Message;
 use super::stream::{LibraryEnd, Terminated};
+use super::verify::LateWritesWatch;
 use super::{HelperError, Libraries, complete, policy, take_descriptor};
 use crate::disks;
 use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts};
@@ -25,6 +26,9 @@ use crate::xenstore::Xenstore;
 /// What a helper does that no command of ours has started: it takes zero pages out of nothing, since there is no side channel,
 /// and is otherwise libxl's own.
 const ALONE: Order = Order { socket: false, references: false, wait_lists_seconds: 0, debug: false };
+
+/// `XCFLAGS_DEBUG`: all pages are sent again at the end, and compared.
+const SAVE_DEBUG: u32 = 1 << 1;
 
 /// How long a filter may take to end after a save that failed; its way to the target may be blocked.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -66,7 +70,13 @@ fn save(
         None => (ALONE, None),
     };
     let round = Arc::new(AtomicU32::new(0));
-    let sink = Arc::new(Progress { channel: channel.clone(), peer: peer.cloned(), round: round.clone() });
+    let late_writes = Arc::new(LateWritesWatch::default());
+    let sink = Arc::new(Progress {
+        channel: channel.clone(),
+        peer: peer.cloned(),
+        round: round.clone(),
+        late_writes: late_writes.clone(),
+    });
     let libraries = Libraries::open(sink)?;
     let mut hints = Hints::take(domain, &order, side.is_some(), &libraries, channel, peer, report);
     let engine = SourceFilter::start(SourceParts {
@@ -77,6 +87,9 @@ fn save(
         disks: std::mem::take(&mut hints.disks),
         config: Config { references: order.references, ..Config::default() },
     })?;
+    if arguments.flags & SAVE_DEBUG != 0 {
+        late_writes.arm(Libraries::open(channel.clone())?.control, domain, engine.late_writes_teller());
+    }
     hints.tell(RequestKind::Begun);
     let mut saver = Saver { channel: channel.clone(), engine, terminated: terminated.clone(), round };
     let saved =
@@ -262,6 +275,7 @@ struct Progress {
     channel: Arc<Channel>,
     peer: Option<Arc<Peer>>,
     round: Arc<AtomicU32>,
+    late_writes: Arc<LateWritesWatch>,
 }
 
 impl Sink for Progress {
@@ -270,6 +284,7 @@ impl Sink for Progress {
     }
 
     fn progress(&self, context: &str, doing: &str, done: u64, total: u64) {
+        self.late_writes.progress(doing, done, total);
         self.channel.progress(context, doing, done, total);
         if let Some(peer) = &self.peer {
             let round = self.round.load(Ordering::Relaxed);

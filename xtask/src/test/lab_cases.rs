@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::demo::{mislead, write_through};
-use crate::deployment::{Deployment, LIMIT, guest, host};
+use crate::deployment::{Deployment, Domain, LIMIT, guest, host};
 use crate::lab::{self, Host, Lab};
 use crate::migration::{DOMAIN, Options, migrate, start};
 use crate::proof;
@@ -75,6 +75,16 @@ fn by_reference(lab: &Lab, before: proof::Server) -> Result<()> {
     );
     ensure!(report.pages_zero.unwrap_or(0) > 0, "no zero page went as a marker");
     ensure!(proof::server(lab)? == before, "mysqld is another process");
+    only_here(lab, Host::Target)
+}
+
+/// That the hypervisors know one domain beside dom0, on this host, and that it runs.
+fn only_here(lab: &Lab, here: Host) -> Result<()> {
+    wait_for("the hypervisor of the other host to have forgotten the domain", || {
+        Ok(Deployment::domains(lab, here.other())?.is_empty())
+    })?;
+    let domains = Deployment::domains(lab, here)?;
+    ensure!(domains.len() == 1 && domains.iter().all(Domain::runs), "not one running domain: {domains:?}");
     Ok(())
 }
 
@@ -113,6 +123,7 @@ fn killed(lab: &Lab, victim: Victim) -> Result<()> {
     wait_for("the other host to be clean", || {
         Ok(!host(lab, from.other(), "xl list")?.lines().any(|line| line.starts_with(DOMAIN)))
     })?;
+    only_here(lab, from)?;
     wait_for("dirty logging to be off", || {
         let words = host(lab, from, "xl dmesg -c >/dev/null; xl debug-keys q; sleep 1; xl dmesg")?;
         ensure!(

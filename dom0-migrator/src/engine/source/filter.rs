@@ -12,6 +12,7 @@ use super::work::{Knowledge, Record, ToWorkers};
 use crate::engine::config::Config;
 use crate::engine::error::{EngineError, StreamProblem};
 use crate::engine::intake::{Arrived, Incoming, Intake};
+use crate::engine::late_writes::LateWrites;
 use crate::engine::memory_record::{self, Builder};
 use crate::engine::outlet::{Outlet, Parcel};
 use crate::engine::pool::{Buffer, Pool};
@@ -40,6 +41,9 @@ pub(super) struct Filter {
     pub(super) side: Option<Side>,
     pub(super) mode: Mode,
     pub(super) may_refer: bool,
+    /// Whether the target has answered, so that it knows our records, even if the side channel was lost since.
+    pub(super) target_knows_us: bool,
+    pub(super) late_writes: Option<LateWrites>,
     pub(super) window: Window,
     pub(super) config: Config,
     pub(super) drain: Option<Drain>,
@@ -112,6 +116,7 @@ impl Filter {
                 self.stats.rounds = self.stats.rounds.max(iteration.saturating_add(1));
             }
             Request::Suspended => self.may_refer = false,
+            Request::LateWrites(writes) => self.late_writes = Some(writes),
             Request::Drain(reply) => {
                 self.may_refer = false;
                 let before = (self.stats.references_accepted, self.stats.references_refused);
@@ -141,10 +146,26 @@ impl Filter {
             return Err(header.error(StreamProblem::Unknown));
         }
         self.settle()?;
+        if self.mode == Mode::Verify {
+            self.tell_late_writes()?;
+        }
         if kind == record::VERIFY {
             self.mode = Mode::Verify;
         }
         self.send(Parcel::bytes(RecordHeader::bytes(kind, header.length as usize).to_vec()))
+    }
+
+    /// The pages of VERIFY are through: says which of them were written since the suspension. That was told before libxenguest wrote the
+    /// record that has just come, so it stands before it in the input.
+    fn tell_late_writes(&mut self) -> Result<(), EngineError> {
+        let Some(writes) = self.late_writes.take().filter(|_| self.target_knows_us) else { return Ok(()) };
+        self.stats.pages_written_late = writes.len();
+        for body in writes.bodies() {
+            let mut bytes = RecordHeader::bytes(memory_record::RECORD_TYPE, body.len()).to_vec();
+            bytes.extend_from_slice(&body);
+            self.send(Parcel::bytes(bytes))?;
+        }
+        Ok(())
     }
 
     fn page_data(&mut self, record: Record) -> Result<(), EngineError> {

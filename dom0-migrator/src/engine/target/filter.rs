@@ -10,6 +10,7 @@ use super::side::{Agreed, Saying, Side, Verdict};
 use crate::engine::config::Config;
 use crate::engine::error::{EngineError, StreamProblem};
 use crate::engine::intake::{Arrived, Dispatch, Incoming, Intake};
+use crate::engine::late_writes::{self, LateWrites};
 use crate::engine::memory_record::{self, MemoryRecord, PrivateRecord, SpanKind};
 use crate::engine::outlet::{Outlet, Parcel};
 use crate::engine::pool::Buffer;
@@ -20,12 +21,16 @@ use crate::engine::xen_stream::{
     DOMAIN_HVM, Entry, MAX_PAGE_DATA, NOTAB, PAGE, PageData, RecordHeader, XALLOC, domain_type, record,
 };
 
+/// Longest body of a record of ours.
+const MAX_PRIVATE: usize = memory_record::MAX_BODY;
+const _: () = assert!(late_writes::MAX_BODY <= MAX_PRIVATE);
+
 /// Where the stream is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Memory may come in any form.
     Memory,
-    /// After VERIFY: every page travels.
+    /// After VERIFY: every page travels, and late writes may be named.
     Verify,
 }
 
@@ -61,7 +66,7 @@ impl Dispatch for AsTheyAre {
     fn longest(&self, kind: u32) -> Option<usize> {
         match kind {
             record::PAGE_DATA => Some(MAX_PAGE_DATA),
-            memory_record::RECORD_TYPE => Some(memory_record::MAX_BODY),
+            memory_record::RECORD_TYPE => Some(MAX_PRIVATE),
             _ => None,
         }
     }
@@ -94,6 +99,7 @@ pub(super) struct Filter {
     pub(super) bytes_sent: u64,
     pub(super) shared: Arc<Mutex<TargetStats>>,
     pub(super) disks: Vec<DiskSummary>,
+    pub(super) late_writes: LateWrites,
 }
 
 impl Filter {
@@ -166,7 +172,7 @@ impl Filter {
         self.publish();
         intake.stop();
         let poolskip = self.session.take().is_some();
-        let Self { arrived, outlet, side, mut stats, bytes_sent, shared, disks, .. } = self;
+        let Self { arrived, outlet, side, mut stats, bytes_sent, shared, disks, late_writes, .. } = self;
         drop(arrived);
         let written = outlet.end(result.is_err());
         if let Some(side) = side {
@@ -180,7 +186,7 @@ impl Filter {
         match (result, written) {
             // The filter noticed only that the outlet had gone.
             (Ok(()) | Err(EngineError::Gone), Err(error)) => Err(error),
-            (result, _) => result.map(|()| TargetSummary { stats, poolskip, disks }),
+            (result, _) => result.map(|()| TargetSummary { stats, poolskip, disks, late_writes }),
         }
     }
 
@@ -338,17 +344,23 @@ impl Filter {
     }
 
     fn private_record(&mut self, header: RecordHeader, body: Buffer) -> Result<(), EngineError> {
-        if self.phase == Phase::Verify {
-            return Err(header.error(StreamProblem::Forbidden("after VERIFY every page travels as it is")));
-        }
         self.notice_agreement()?;
         if self.session.is_none() {
             return Err(header.error(StreamProblem::Forbidden("no hello has been answered")));
         }
         let record = PrivateRecord::parse(body.get(..header.length as usize).unwrap_or(&body))
             .map_err(|problem| header.error(problem))?;
-        match record {
-            PrivateRecord::Memory(record) => {
+        match (record, self.phase) {
+            (PrivateRecord::LateWrites(body), Phase::Verify) => {
+                self.late_writes.add(body).map_err(|problem| header.error(problem))
+            }
+            (PrivateRecord::LateWrites(_), Phase::Memory) => {
+                Err(header.error(StreamProblem::Forbidden("late writes are named after VERIFY")))
+            }
+            (_, Phase::Verify) => {
+                Err(header.error(StreamProblem::Forbidden("after VERIFY every page travels as it is")))
+            }
+            (PrivateRecord::Memory(record), Phase::Memory) => {
                 let out = self.rebuild(header, &record)?;
                 match out.parcel(Pages::Record(body)) {
                     Some(parcel) => self.send(parcel),
@@ -356,7 +368,7 @@ impl Filter {
                 }
             }
             // Said once all that came before is in libxenguest's pipe; whoever hears it may look at the counters.
-            PrivateRecord::Sync(number) => {
+            (PrivateRecord::Sync(number), Phase::Memory) => {
                 self.publish();
                 self.send(Parcel { then: Some(Saying::Synced(number)), ..Parcel::bytes(Vec::new()) })
             }

@@ -36,6 +36,7 @@ use super::config::Config;
 use super::descriptor::{Input, Output, Ringer, bell};
 use super::error::EngineError;
 use super::intake::Intake;
+use super::late_writes::LateWrites;
 use super::outlet::Outlet;
 use super::pool::Pool;
 use super::summary::{TargetStats, TargetSummary};
@@ -111,6 +112,7 @@ impl TargetFilter {
             bytes_sent: 0,
             shared: Arc::clone(&stats),
             disks: Vec::new(),
+            late_writes: LateWrites::default(),
         };
         let thread = std::thread::Builder::new()
             .name("target-filter".into())
