@@ -73,6 +73,8 @@ pub struct Told {
     pub bytes: u64,
     /// Sum over all memory, when it was to be compared.
     pub digest: u64,
+    /// Processor time in seconds, of a filter alone: not what was needed to find the guest's pages.
+    pub processor_seconds: f64,
     /// What a filter counted.
     pub counted: serde_json::Value,
 }
@@ -82,12 +84,14 @@ pub fn run(args: &Args) -> Result<(), Failed> {
     let mut told = match args.role {
         Role::Generate => generate(args)?,
         Role::Source => {
-            let summary = source(args)?;
-            Told { counted: serde_json::to_value(summary)?, ..Told::default() }
+            let (summary, before) = source(args)?;
+            let processor_seconds = processor_seconds()? - before;
+            Told { counted: serde_json::to_value(summary)?, processor_seconds, ..Told::default() }
         }
         Role::Target => {
             let summary = target(args)?;
-            Told { counted: serde_json::to_value(summary)?, ..Told::default() }
+            let processor_seconds = processor_seconds()?;
+            Told { counted: serde_json::to_value(summary)?, processor_seconds, ..Told::default() }
         }
         Role::Copy => copy()?,
         Role::Sink => sink(args.check)?,
@@ -147,13 +151,15 @@ fn headers() -> Vec<u8> {
     out
 }
 
-fn source(args: &Args) -> Result<SourceSummary, Failed> {
+/// What it counted, and the processor time that it took to make the lists before.
+fn source(args: &Args) -> Result<(SourceSummary, f64), Failed> {
     // The pages' contents are no business of the filter's, and would count as its memory.
     let map = {
         let guest = Guest { disk: Pages::find(&args.disk)?, pages: args.pages };
         guest.map()?
     };
     forget_peak()?;
+    let before = processor_seconds()?;
     let began = Instant::now();
     let side = loop {
         match UnixStream::connect(&args.side) {
@@ -172,7 +178,7 @@ fn source(args: &Args) -> Result<SourceSummary, Failed> {
         disks: vec![DiskName { vdev: Vdev(XVDA), path: std::fs::canonicalize(&args.disk)? }],
         config: Config::default(),
     })?;
-    Ok(filter.finish()?)
+    Ok((filter.finish()?, before))
 }
 
 fn target(args: &Args) -> Result<TargetSummary, Failed> {
@@ -253,4 +259,15 @@ fn most_resident() -> Result<u64, Failed> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).ok_or("no VmHWM")?;
     Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? << 10)
+}
+
+/// Processor time of this process so far, in seconds.
+fn processor_seconds() -> Result<f64, Failed> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    // Fields 14 and 15 (`proc(5)`); the name in parentheses is the second. They count in hundredths on every Linux that is built for x86.
+    let after_name = stat.rsplit(") ").next().ok_or("no name in stat")?;
+    let ticks = |field: usize| -> Result<f64, Failed> {
+        Ok(after_name.split(' ').nth(field - 3).ok_or("stat is short")?.parse::<f64>()? / 100.0)
+    };
+    Ok(ticks(14)? + ticks(15)?)
 }

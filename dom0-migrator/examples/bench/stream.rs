@@ -44,7 +44,12 @@ pub fn run(args: &Args) -> Result<(), Failed> {
     };
     let resident =
         |place: usize| -> Vec<u64> { with_filters.iter().map(|told| told[place].resident_bytes).collect() };
+    let processor = |place: usize| -> Vec<f64> {
+        with_filters.iter().map(|told| told[place].processor_seconds).collect()
+    };
     let report = serde_json::json!({
+        "source_processor": processor(1),
+        "target_processor": processor(2),
         "filters": rate(&with_filters),
         "copies": rate(&copied),
         "one_copy": rate(&copied_once),

@@ -120,6 +120,11 @@ impl AsRawFd for Disk {
 pub struct AlignedBuffer(Vec<u8>);
 
 impl AlignedBuffer {
+    /// One that will take slices of up to this length without being moved.
+    pub fn with_room(length: usize) -> Self {
+        Self(vec![0; length + ALIGNMENT])
+    }
+
     /// An aligned slice of this length.
     pub fn get(&mut self, length: usize) -> &mut [u8] {
         if self.0.len() < length + ALIGNMENT {

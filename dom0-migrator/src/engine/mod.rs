@@ -35,16 +35,17 @@
 
 mod config;
 mod descriptor;
-mod disk;
+pub mod disk;
 mod error;
 mod intake;
 pub mod late_writes;
 pub mod memory_record;
 mod outlet;
 mod page_hash;
+mod pfn_hash;
 mod pool;
 mod reference_map;
-mod restorer;
+pub mod restorer;
 pub mod side_message;
 mod source;
 mod summary;

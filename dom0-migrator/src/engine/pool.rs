@@ -15,6 +15,8 @@ pub struct Pool {
 #[derive(Debug)]
 pub struct Buffer {
     bytes: Vec<u8>,
+    /// Of these: what is used now. The rest is kept as it is, so that a longer record need not have it zeroed again.
+    length: usize,
     home: Sender<Vec<u8>>,
 }
 
@@ -32,15 +34,17 @@ impl Pool {
     pub fn take(&self, length: usize) -> Buffer {
         // The pool holds a sender itself, so there is no other way for this to end than with a buffer.
         let mut bytes = self.take.recv().unwrap_or_default();
-        bytes.resize(length, 0);
-        Buffer { bytes, home: self.give.clone() }
+        if bytes.len() < length {
+            bytes.resize(length, 0);
+        }
+        Buffer { bytes, length, home: self.give.clone() }
     }
 }
 
 impl Buffer {
     /// To be written into.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes
+        self.bytes.get_mut(..self.length).unwrap_or_default()
     }
 }
 
@@ -48,7 +52,7 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.bytes
+        self.bytes.get(..self.length).unwrap_or_default()
     }
 }
 

@@ -168,7 +168,8 @@ impl Restorer {
         let buffers = (config.in_flight_bytes / (read_bytes + 2 * ALIGNMENT)).max(2);
         let (home, buffers_rx) = bounded(buffers);
         for _ in 0..buffers {
-            let _ = home.try_send(AlignedBuffer::default());
+            // Zeroed memory of this size takes no memory before it is read into.
+            let _ = home.try_send(AlignedBuffer::with_room(read_bytes + 2 * ALIGNMENT));
         }
         let shared = Arc::new(Shared {
             waiting: Mutex::default(),

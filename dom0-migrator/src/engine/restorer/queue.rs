@@ -4,7 +4,7 @@
 //! With it go its neighbours on the disk, before and behind, as many as one read of bounded length covers: a pool's pages come in no
 //! order, so the more is waiting, the longer the reads become.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 
 use super::super::xen_stream::{MAX_BATCH, PAGE};
 use super::{Key, Wanted};
@@ -29,7 +29,8 @@ pub(super) struct Bounds {
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     by_place: BTreeMap<Key, Wanted>,
-    by_number: BTreeMap<u64, (u8, u64)>,
+    /// In the order of their numbers; those that are no longer waiting are skipped when their turn comes.
+    by_number: VecDeque<Key>,
 }
 
 impl Queue {
@@ -37,15 +38,14 @@ impl Queue {
         self.by_place.is_empty()
     }
 
+    /// Adds one; numbers ascend from call to call.
     pub(super) fn push(&mut self, key: Key, wanted: Wanted) {
-        self.by_number.insert(key.number, (key.disk, key.offset));
+        self.by_number.push_back(key);
         self.by_place.insert(key, wanted);
     }
 
     pub(super) fn remove(&mut self, key: &Key) -> Option<Wanted> {
-        let wanted = self.by_place.remove(key)?;
-        self.by_number.remove(&key.number);
-        Some(wanted)
+        self.by_place.remove(key)
     }
 
     pub(super) fn clear(&mut self) {
@@ -55,8 +55,13 @@ impl Queue {
 
     /// Takes what the next read covers.
     pub(super) fn next_job(&mut self, bounds: Bounds) -> Option<Job> {
-        let (&number, &(disk, offset)) = self.by_number.first_key_value()?;
-        let oldest = Key { disk, offset, number };
+        let oldest = loop {
+            let key = self.by_number.pop_front()?;
+            if self.by_place.contains_key(&key) {
+                break key;
+            }
+        };
+        let Key { disk, offset, .. } = oldest;
         let page = PAGE as u64;
         let (mut start, mut end) = (offset, offset + page);
         let mut taken = vec![oldest];

@@ -1,6 +1,5 @@
 //! The target's filter at work: what comes in, record by record, and what the readers bring.
 
-use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, never, select_biased};
@@ -13,6 +12,7 @@ use crate::engine::intake::{Arrived, Dispatch, Incoming, Intake};
 use crate::engine::late_writes::{self, LateWrites};
 use crate::engine::memory_record::{self, MemoryRecord, PrivateRecord, SpanKind};
 use crate::engine::outlet::{Outlet, Parcel};
+use crate::engine::pfn_hash::PfnMap;
 use crate::engine::pool::Buffer;
 use crate::engine::restorer::{Batch, Key, Restorer, Wanted};
 use crate::engine::side_message::Refusal;
@@ -91,7 +91,7 @@ pub(super) struct Filter {
     /// The side channel has ended, in peace or not.
     pub(super) side_ended: bool,
     pub(super) session: Option<Session>,
-    pub(super) held: HashMap<u64, Held>,
+    pub(super) held: PfnMap<Held>,
     pub(super) next_number: u64,
     pub(super) config: Config,
     pub(super) stats: TargetStats,

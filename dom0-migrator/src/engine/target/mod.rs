@@ -24,7 +24,6 @@ mod filter;
 mod page_data_out;
 mod side;
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,6 +37,7 @@ use super::error::EngineError;
 use super::intake::Intake;
 use super::late_writes::LateWrites;
 use super::outlet::Outlet;
+use super::pfn_hash::PfnMap;
 use super::pool::Pool;
 use super::summary::{TargetStats, TargetSummary};
 use filter::{AsTheyAre, Filter, Phase};
@@ -105,7 +105,7 @@ impl TargetFilter {
             side,
             side_ended: false,
             session: None,
-            held: HashMap::new(),
+            held: PfnMap::default(),
             next_number: 0,
             config,
             stats: TargetStats::default(),
