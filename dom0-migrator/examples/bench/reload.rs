@@ -27,7 +27,7 @@ pub struct Args {
     #[arg(long, default_value_t = 1 << 20)]
     block: u64,
     /// Reads in flight
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = 64)]
     depth: usize,
     /// Bytes to read at most
     #[arg(long, default_value_t = 512 << 20)]

@@ -20,8 +20,8 @@ pub struct Args {
     /// The file or device to read; the lab's disk if none is given
     #[arg(long, value_name = "PATH")]
     disk: Option<PathBuf>,
-    /// Reads in flight
-    #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=64))]
+    /// Reads in flight; as many as the restorer has at most
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=64))]
     depth: u32,
     /// Times that each is measured
     #[arg(long, default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..))]

@@ -19,6 +19,7 @@ mod ring;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -147,6 +148,10 @@ struct Shared {
     hasher: PageHasher,
     bounds: Bounds,
     home: Sender<AlignedBuffer>,
+    buffers: Receiver<AlignedBuffer>,
+    /// Buffers that were not needed yet. One that was used before is preferred: its memory is there, and warm.
+    unused: AtomicUsize,
+    buffer_bytes: usize,
 }
 
 /// The queue, and the threads that read.
@@ -167,10 +172,6 @@ impl Restorer {
         // A read begins and ends at whole blocks.
         let buffers = (config.in_flight_bytes / (read_bytes + 2 * ALIGNMENT)).max(2);
         let (home, buffers_rx) = bounded(buffers);
-        for _ in 0..buffers {
-            // Zeroed memory of this size takes no memory before it is read into.
-            let _ = home.try_send(AlignedBuffer::with_room(read_bytes + 2 * ALIGNMENT));
-        }
         let shared = Arc::new(Shared {
             waiting: Mutex::default(),
             work: Condvar::new(),
@@ -178,8 +179,11 @@ impl Restorer {
             hasher: PageHasher::new(key),
             bounds: Bounds { read_bytes: read_bytes as u64, gap_bytes: config.gap_bytes },
             home,
+            buffers: buffers_rx,
+            unused: AtomicUsize::new(buffers),
+            buffer_bytes: read_bytes + 2 * ALIGNMENT,
         });
-        let (done, done_rx) = bounded::<Read>(buffers);
+        let (done, done_rx) = bounded::<Vec<Read>>(buffers);
         let (results_tx, results) = bounded(buffers);
         let mut threads = Vec::new();
         let mut spawn = |name: String, body: Box<dyn FnOnce() + Send>| {
@@ -188,9 +192,11 @@ impl Restorer {
         for number in 0..config.hashers.max(1) {
             let (shared, done, results) = (Arc::clone(&shared), done_rx.clone(), results_tx.clone());
             let verify = move || {
-                while let Ok(read) = done.recv() {
-                    if results.send(shared.verify(read)).is_err() {
-                        return;
+                while let Ok(reads) = done.recv() {
+                    for read in reads {
+                        if results.send(shared.verify(read)).is_err() {
+                            return;
+                        }
                     }
                 }
             };
@@ -205,22 +211,19 @@ impl Restorer {
         });
         match ring {
             Some(ring) => {
-                let (shared, buffers) = (Arc::clone(&shared), buffers_rx);
+                let shared = Arc::clone(&shared);
                 let read = move || {
-                    if let Some(error) = ring.run(&shared, &buffers, &done) {
+                    if let Some(error) = ring.run(&shared, &done) {
                         tracing::warn!(%error, "io_uring has failed: reading with one thread");
-                        shared.read_alone(&buffers, &done);
+                        shared.read_alone(&done);
                     }
                 };
                 spawn("target-reads".into(), Box::new(read))?;
             }
             None => {
                 for number in 0..readers {
-                    let (shared, buffers, done) = (Arc::clone(&shared), buffers_rx.clone(), done.clone());
-                    spawn(
-                        format!("target-read-{number}"),
-                        Box::new(move || shared.read_alone(&buffers, &done)),
-                    )?;
+                    let (shared, done) = (Arc::clone(&shared), done.clone());
+                    spawn(format!("target-read-{number}"), Box::new(move || shared.read_alone(&done)))?;
                 }
             }
         }
@@ -281,6 +284,19 @@ impl Shared {
         let _ = self.home.try_send(buffer);
     }
 
+    /// A buffer, which is waited for if it may be.
+    fn buffer(&self, may_wait: bool) -> Option<AlignedBuffer> {
+        if let Ok(used) = self.buffers.try_recv() {
+            return Some(used);
+        }
+        let fewer = |unused: usize| unused.checked_sub(1);
+        if self.unused.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer).is_ok() {
+            // Zeroed memory of this size takes no memory before it is read into.
+            return Some(AlignedBuffer::with_room(self.buffer_bytes));
+        }
+        if may_wait { self.buffers.recv().ok() } else { None }
+    }
+
     fn disk(&self, index: u8) -> Option<&Disk> {
         self.disks.get(index as usize).and_then(Option::as_ref)
     }
@@ -303,8 +319,8 @@ impl Shared {
     }
 
     /// Reads one job after the other.
-    fn read_alone(&self, buffers: &Receiver<AlignedBuffer>, done: &Sender<Read>) {
-        while let Ok(mut buffer) = buffers.recv() {
+    fn read_alone(&self, done: &Sender<Vec<Read>>) {
+        while let Some(mut buffer) = self.buffer(true) {
             let Taken::Job(job) = self.next_job(true) else {
                 // Others may be waiting for the one that says it is over.
                 self.give_back(buffer);
@@ -317,7 +333,7 @@ impl Shared {
                 None => Err(io::ErrorKind::NotFound.into()),
             };
             let seconds = began.elapsed().as_secs_f64();
-            if done.send(Read { job, buffer, outcome, seconds }).is_err() {
+            if done.send(vec![Read { job, buffer, outcome, seconds }]).is_err() {
                 return;
             }
         }

@@ -4,7 +4,7 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Sender};
+use crossbeam_channel::Sender;
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode};
 
@@ -55,14 +55,9 @@ impl Ring {
     }
 
     /// Reads until there is nothing left to do for anybody. `Some`: the kernel has failed, and somebody else is to go on.
-    pub(super) fn run(
-        mut self,
-        shared: &Arc<Shared>,
-        buffers: &Receiver<AlignedBuffer>,
-        done: &Sender<Read>,
-    ) -> Option<std::io::Error> {
+    pub(super) fn run(mut self, shared: &Arc<Shared>, done: &Sender<Vec<Read>>) -> Option<std::io::Error> {
         loop {
-            if self.fill(shared, buffers).is_none() && self.count == 0 {
+            if self.fill(shared).is_none() && self.count == 0 {
                 return None;
             }
             if let Err(error) = self.wait() {
@@ -75,10 +70,9 @@ impl Ring {
     }
 
     /// Begins as many reads as may be in flight. With none in flight it waits for something to do; `None`: it is over.
-    fn fill(&mut self, shared: &Arc<Shared>, buffers: &Receiver<AlignedBuffer>) -> Option<()> {
+    fn fill(&mut self, shared: &Arc<Shared>) -> Option<()> {
         while self.count < self.depth.get() {
-            let buffer = if self.count == 0 { buffers.recv().ok() } else { buffers.try_recv().ok() };
-            let Some(buffer) = buffer else { return (self.count > 0).then_some(()) };
+            let Some(buffer) = shared.buffer(self.count == 0) else { return (self.count > 0).then_some(()) };
             let job = match shared.next_job(self.count == 0) {
                 Taken::Job(job) => job,
                 Taken::Nothing => {
@@ -147,8 +141,8 @@ impl Ring {
     }
 
     /// Hands completed reads on. False: nobody wants them.
-    fn reap(&mut self, done: &Sender<Read>) -> bool {
-        let mut wanted = true;
+    fn reap(&mut self, done: &Sender<Vec<Read>>) -> bool {
+        let mut reads = Vec::new();
         for entry in self.ring.completion() {
             let slot = entry.user_data() as usize;
             let Some(mut finished) = self.in_flight.get_mut(slot).and_then(Option::take) else { continue };
@@ -161,18 +155,18 @@ impl Ring {
             };
             let bytes = entry.result().max(0) as u64;
             self.depth.completed(bytes, self.epoch.elapsed());
-            wanted &= done.send(finished.read).is_ok();
+            reads.push(finished.read);
         }
-        wanted
+        reads.is_empty() || done.send(reads).is_ok()
     }
 
     /// The ring itself has failed: its reads count as failed, and their memory is left to the kernel, which may still write to it.
-    fn give_up(mut self, error: std::io::Error, done: &Sender<Read>) -> std::io::Error {
+    fn give_up(mut self, error: std::io::Error, done: &Sender<Vec<Read>>) -> std::io::Error {
         for finished in self.in_flight.iter_mut().filter_map(Option::take) {
             let Read { job, buffer, .. } = finished.read;
             std::mem::forget(buffer);
             let outcome = Err(std::io::ErrorKind::Other.into());
-            let _ = done.send(Read { job, buffer: AlignedBuffer::default(), outcome, seconds: 0.0 });
+            let _ = done.send(vec![Read { job, buffer: AlignedBuffer::default(), outcome, seconds: 0.0 }]);
         }
         error
     }
