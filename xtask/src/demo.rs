@@ -213,7 +213,7 @@ pub fn prove(lab: &Lab, before: proof::Server) -> Result<Proof> {
     })
 }
 
-/// Migrates with deliberately wrong hints, all memory compared: from the source to the target.
+/// Migrates with deliberately wrong hints, all memory compared.
 ///
 /// # Errors
 /// When anything differs, or the wrong hints went unnoticed.
@@ -221,7 +221,7 @@ pub fn mislead(lab: &Lab, deployment: &Deployment, before: proof::Server) -> Res
     deployment.stop_probe(lab)?;
     deployment.start_probe(lab, "--wrong-hints 1")?;
     let report = step("migrating with wrong hints, all memory compared", || {
-        migrate(lab, Host::Source, Options { stock: false, verify: true })
+        migrate(lab, lab.guest_host()?, Options { stock: false, verify: true })
     })?;
     let verify_mismatches = report.verify_mismatches.context("the migration did not verify")?;
     ensure!(verify_mismatches == 0, "{verify_mismatches} pages differ at the target");
@@ -231,7 +231,7 @@ pub fn mislead(lab: &Lab, deployment: &Deployment, before: proof::Server) -> Res
     Ok(WrongHints { pages_refused, pages_accepted: report.pages_accepted.unwrap_or(0), verify_mismatches })
 }
 
-/// Migrates while a client writes, from the target to the source, and compares what the client was told was committed. The hints are
+/// Migrates while a client writes, and compares what the client was told was committed. The hints are
 /// those of the probe that runs: wrong ones after [`mislead`].
 ///
 /// All memory is compared too, with packets arriving for the guest all the while: netback copies those that come after the suspension
@@ -243,7 +243,7 @@ pub fn mislead(lab: &Lab, deployment: &Deployment, before: proof::Server) -> Res
 pub fn write_through(lab: &Lab, before: proof::Server) -> Result<Writing> {
     let writer = step("starting a client that writes", || Writer::start(lab))?;
     let acknowledged_before = writer.acknowledged(lab)?;
-    let from = Host::Target;
+    let from = lab.guest_host()?;
     let packets = lab.host(from).spawn("exec ping -i 0.5 -I br1 ff02::1")?;
     let report = step("migrating while the client writes and packets arrive, all memory compared", || {
         migrate(lab, from, Options { stock: false, verify: true })

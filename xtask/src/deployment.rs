@@ -109,7 +109,7 @@ impl Deployment {
                 lab.host(host).push(&self.domains, DOMAINS, 0o755)?;
                 // The crate opens the library by the name that only a development package has.
                 lab.host(host).must(
-                    &format!("mkdir -p {LIBRARY} && ln -sf /usr/lib/x86_64-linux-gnu/libxenctrl.so.4.* {LIBRARY}/libxenctrl.so"),
+                    &format!("mkdir -p {LIBRARY} && set -- /usr/lib/x86_64-linux-gnu/libxenctrl.so.4.* && ln -sf $1 {LIBRARY}/libxenctrl.so"),
                     LIMIT,
                 )?;
             }

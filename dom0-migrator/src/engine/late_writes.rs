@@ -1,10 +1,14 @@
-//! Pages that were written after the domain was suspended, which a debug migration has to tell from pages that went wrong.
+//! Pages that may have been written after the domain was suspended, which a debug migration has to tell from pages that went wrong.
 //!
-//! A suspended domain writes nothing, but the backends of its devices go on: netback copies a packet that arrives into the buffers
-//! that the guest has left in its ring. Such a page has been sent before, and VERIFY then sends what is in it now. Nothing is lost
-//! by it, since a frontend begins anew at the target with empty rings; libxenguest's comparison counts it all the same, with the
-//! stock helper too. Xen logs each such write like any other, and nobody has read that log since the last pass: so the pages
-//! that are in it when VERIFY is through are exactly those, and the source names them in a record of its own.
+//! A suspended domain writes nothing, but the backends of its devices go on. Such a page has been sent before, and VERIFY then sends
+//! what is in it now. Nothing is lost by it, since a frontend begins anew at the target, with empty rings, and asks again for what it
+//! had asked for; libxenguest's comparison counts it all the same, with the stock helper too. There are two ways to write, and the
+//! source names in a record of its own what either may have changed:
+//!
+//! * by grant copy, as netback does with a packet that arrives: Xen logs the page like any other write, and nobody has read that
+//!   log since the last pass, so what is in it when VERIFY is through are exactly these;
+//! * through a mapping of a granted frame, as with the rings themselves (blkback writes an answer into one when an I/O ends): Xen
+//!   does not see the single write, but its grant table says which frames are mapped for writing.
 
 use super::error::StreamProblem;
 use super::memory_record::{MAGIC, VERSION};
@@ -23,7 +27,7 @@ const MAX_ALL: usize = 1 << 18;
 /// Longest body.
 pub const MAX_BODY: usize = HEAD + MAX_RUNS * RUN;
 
-/// PFNs, as runs that ascend and do not touch each other.
+/// PFNs of such pages, as runs that ascend and do not touch each other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LateWrites {
     runs: Vec<(u64, u64)>,

@@ -11,7 +11,7 @@ use super::arguments::SaveArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::Message;
 use super::stream::{LibraryEnd, Terminated};
-use super::verify::LateWritesWatch;
+use super::verify::{LateWritesReader, LateWritesWatch};
 use super::{HelperError, Libraries, complete, policy, take_descriptor};
 use crate::disks;
 use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts};
@@ -19,9 +19,11 @@ use crate::handoff::{Event, Order, Peer, Role};
 use crate::lists::{self, Requester};
 use crate::report::SaveReport;
 use crate::xen::DomainId;
+use crate::xen::grants::Grants;
 use crate::xen::guest::{Precopy, PrecopyStats, SaveCallbacks};
 use crate::xen::logger::{Level, Sink};
-use crate::xenstore::Xenstore;
+use crate::xen::release::Release;
+use crate::xenstore::{Store, Xenstore};
 
 /// What a helper does that no command of ours has started: it takes zero pages out of nothing, since there is no side channel,
 /// and is otherwise libxl's own.
@@ -88,7 +90,8 @@ fn save(
         config: Config { references: order.references, ..Config::default() },
     })?;
     if arguments.flags & SAVE_DEBUG != 0 {
-        late_writes.arm(Libraries::open(channel.clone())?.control, domain, engine.late_writes_teller());
+        let reader = late_writes_reader(domain, channel)?;
+        late_writes.arm(reader, engine.late_writes_teller());
     }
     hints.tell(RequestKind::Begun);
     let mut saver = Saver { channel: channel.clone(), engine, terminated: terminated.clone(), round };
@@ -112,6 +115,19 @@ fn save(
         hints.tell(RequestKind::Ended);
     }
     result
+}
+
+/// What a debug migration reads at its end, opened before anything can go wrong.
+fn late_writes_reader(domain: DomainId, channel: &Arc<Channel>) -> Result<LateWritesReader, HelperError> {
+    let Libraries { control, guest } = Libraries::open(channel.clone())?;
+    let kind = Xenstore::open()
+        .and_then(|mut store| store.read_text(&format!("/libxl/{domain}/type")))
+        .inspect_err(|error| tracing::warn!(%error, "the domain's kind is not known, it is taken for PV"))
+        .ok()
+        .flatten();
+    let is_pv = !matches!(kind.as_deref(), Some("pvh" | "hvm"));
+    let grants = Grants::open(Release::running()?)?;
+    Ok(LateWritesReader { control, guest, grants, domain, is_pv })
 }
 
 /// Whether a filter failed only because the library stopped writing.

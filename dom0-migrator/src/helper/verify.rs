@@ -1,16 +1,20 @@
 //! The comparison that a debug migration makes: libxenguest only logs a page that differs; here it is counted, and made an error.
 //!
 //! Pages that a backend wrote to after the suspension differ too, with the stock helper as with ours ([`LateWrites`]): the source
-//! reads the log of dirty pages when the last page has been sent again, and the target takes those pages out of the count.
+//! finds out which these can be when the last page has been sent again, and the target takes them out of the count.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
+use enlightenment::Pfn;
+
 use crate::engine::{LateWrites, LateWritesTeller};
-use crate::xen::DomainId;
 use crate::xen::control::Control;
+use crate::xen::grants::Grants;
+use crate::xen::guest::Guest;
 use crate::xen::logger::{Level, Sink};
+use crate::xen::{CallError, DomainId};
 
 /// Differing pages that are remembered by number at most; the rest is only counted, and never taken for a late write.
 const MAX_NAMED: usize = 1 << 20;
@@ -95,7 +99,7 @@ impl<S: Sink> Sink for VerifyWatch<S> {
     }
 }
 
-/// Reads the log of dirty pages at the one moment at which it holds exactly the late writes: after libxenguest has sent the last page
+/// Finds the late writes at the one moment at which the log of dirty pages holds nothing else: after libxenguest has sent the last page
 /// again, and before it goes on, in the thread in which it does both.
 ///
 /// In `xg_sr_save.c`, `verify_frames` names its progress "Frames verify" and reports it as complete after the last page is written
@@ -104,8 +108,58 @@ impl<S: Sink> Sink for VerifyWatch<S> {
 #[derive(Default)]
 pub struct LateWritesWatch {
     /// What to read, and whom to tell; set once the filter runs.
-    reader: OnceLock<(Control, DomainId, LateWritesTeller)>,
+    reader: OnceLock<(LateWritesReader, LateWritesTeller)>,
     done: AtomicBool,
+}
+
+/// Reads what may have been written to a suspended domain.
+#[derive(Debug)]
+pub struct LateWritesReader {
+    /// A handle of its own: libxenguest's is in use.
+    pub control: Control,
+    /// Knows machine frames.
+    pub guest: Guest,
+    /// Reads the grant table.
+    pub grants: Grants,
+    /// The domain.
+    pub domain: DomainId,
+    /// Whether it is a PV domain, whose grant table has machine frames.
+    pub is_pv: bool,
+}
+
+impl LateWritesReader {
+    fn read(&self) -> Result<LateWrites, CallError> {
+        let mut bitmap = self.control.logdirty_peek(self.domain)?;
+        let logged = LateWrites::from_bitmap(&bitmap).len();
+        match self.grants.mapped_for_writing(&self.control, self.domain) {
+            Ok(frames) => {
+                tracing::info!(logged, mapped = frames.len(), "pages that backends may have written to late");
+                self.mark(&frames, &mut bitmap)?;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "pages that a backend has mapped will count as different if it wrote to them");
+            }
+        }
+        Ok(LateWrites::from_bitmap(&bitmap))
+    }
+
+    /// Sets the bits of the guest frames that the grant table names; `frames` are sorted.
+    fn mark(&self, frames: &[u64], bitmap: &mut [u8]) -> Result<(), CallError> {
+        let mut set = |pfn: u64| {
+            if let Some(byte) = usize::try_from(pfn / 8).ok().and_then(|at| bitmap.get_mut(at)) {
+                *byte |= 1 << (pfn % 8);
+            }
+        };
+        if !self.is_pv {
+            frames.iter().copied().for_each(set);
+            return Ok(());
+        }
+        let table = self.guest.machine_frames(&self.control, self.domain)?;
+        (0..table.len())
+            .filter(|&pfn| table.lookup(Pfn(pfn)).is_some_and(|frame| frames.binary_search(&frame).is_ok()))
+            .for_each(&mut set);
+        Ok(())
+    }
 }
 
 impl std::fmt::Debug for LateWritesWatch {
@@ -115,22 +169,21 @@ impl std::fmt::Debug for LateWritesWatch {
 }
 
 impl LateWritesWatch {
-    /// Has the log of `domain` read through a handle of its own, and told.
-    pub fn arm(&self, control: Control, domain: DomainId, teller: LateWritesTeller) {
-        let _ = self.reader.set((control, domain, teller));
+    /// Has the late writes read by `reader`, and told.
+    pub fn arm(&self, reader: LateWritesReader, teller: LateWritesTeller) {
+        let _ = self.reader.set((reader, teller));
     }
 
     /// To be called with each progress that libxenguest reports.
     pub fn progress(&self, doing: &str, done: u64, total: u64) {
-        let Some((control, domain, teller)) = self.reader.get().filter(|_| is_verified(doing, done, total))
-        else {
+        let Some((reader, teller)) = self.reader.get().filter(|_| is_verified(doing, done, total)) else {
             return;
         };
         if self.done.swap(true, Ordering::AcqRel) {
             return;
         }
-        match control.logdirty_peek(*domain) {
-            Ok(bitmap) => teller.tell(LateWrites::from_bitmap(&bitmap)),
+        match reader.read() {
+            Ok(writes) => teller.tell(writes),
             Err(error) => {
                 tracing::warn!(%error, "pages written after the suspension will count as different")
             }
