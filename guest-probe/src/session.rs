@@ -10,6 +10,8 @@ use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use enlightenment::device::{Publish, UserRun};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use thiserror::Error;
 
 use crate::catalogue::{Build, Catalogue, CatalogueError};
@@ -54,6 +56,8 @@ pub enum SessionError {
     Device(#[from] DeviceError),
     #[error("cannot list the open files of mysqld: {0}")]
     Spaces(io::Error),
+    #[error("cannot wait for events: {0}")]
+    Wait(io::Error),
 }
 
 impl<E: Into<SessionError>> From<ListError<E>> for SessionError {
@@ -238,6 +242,28 @@ impl Session {
             self.wants_scan = false;
         }
         Ok(())
+    }
+
+    /// Reads the pool anew, whether or not anything asks for it.
+    ///
+    /// # Errors
+    /// [`SessionError`] when the process is gone.
+    pub fn snapshot_anew(&mut self) -> Result<(), SessionError> {
+        self.snapshot()?;
+        self.drain()
+    }
+
+    /// Waits until many events are there, or the time is over.
+    ///
+    /// # Errors
+    /// [`SessionError::Wait`].
+    pub fn wait_for_events(&self, most: Duration) -> Result<(), SessionError> {
+        let timeout = PollTimeout::try_from(most).unwrap_or(PollTimeout::MAX);
+        let mut waited_for = [PollFd::new(self.wake_fd(), PollFlags::POLLIN)];
+        match poll(&mut waited_for, timeout) {
+            Ok(_) | Err(Errno::EINTR) => Ok(()),
+            Err(errno) => Err(SessionError::Wait(errno.into())),
+        }
     }
 
     /// Builds lists as things are now and hands them to `sink`.

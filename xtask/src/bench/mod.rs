@@ -1,6 +1,9 @@
 //! `cargo xtask bench`: speed, memory and bytes, each against a baseline that is measured in the same run.
 
 mod figures;
+mod native;
+mod overhead;
+mod snapshot;
 
 use std::path::PathBuf;
 
@@ -22,7 +25,12 @@ pub struct Args {
 
 /// Every bench is a module of its own with `Args` and `run(&Args) -> Result<Report>`.
 #[derive(clap::Subcommand)]
-enum Bench {}
+enum Bench {
+    /// How fast guest-probe reads the pool of a running mysqld, against a plain read of the same bytes; and its memory
+    Snapshot(snapshot::Args),
+    /// What resident probes cost a running mysqld under sysbench, against the same without
+    Overhead(overhead::Args),
+}
 
 /// Runs the bench, and shows its figures.
 ///
@@ -30,7 +38,10 @@ enum Bench {}
 /// When something that is measured does not work.
 pub fn run(args: &Args) -> Result<()> {
     setup::ensure()?;
-    let report: Report = match args.bench {};
+    let report: Report = match &args.bench {
+        Bench::Snapshot(args) => snapshot::run(args)?,
+        Bench::Overhead(args) => overhead::run(args)?,
+    };
     print!("{report}");
     if let Some(file) = &args.json {
         report.write(file)?;
