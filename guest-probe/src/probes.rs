@@ -26,13 +26,13 @@ pub const RING_BYTES: u32 = 1 << 20;
 #[derive(Debug, Error)]
 pub enum ProbeError {
     /// The kernel does not take the programs.
-    #[error("the kernel refuses the eBPF programs: {0} (needs root, Linux 5.8 or later)")]
-    Load(Box<EbpfError>),
+    #[error("the kernel refuses the eBPF programs: {0}{advice}", advice = advice(.0.as_ref()))]
+    Load(#[source] Box<EbpfError>),
     /// A program is not in the object.
     #[error("the eBPF object has no {0} {1}: it was built from other sources")]
     Missing(&'static str, &'static str),
     /// A program cannot be loaded or attached.
-    #[error("cannot attach {program} to {symbol} at {offset:#x} of {path}: {source}")]
+    #[error("cannot attach {program} to {symbol} at {offset:#x} of {path}: {source}{}", advice(source.as_ref()))]
     Attach {
         /// The program.
         program: &'static str,
@@ -54,6 +54,27 @@ pub enum ProbeError {
     /// The PID is none.
     #[error("{0} is no PID")]
     Pid(i32),
+}
+
+/// What to do, by what the kernel said.
+fn advice(error: &(dyn std::error::Error + 'static)) -> &'static str {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            return match error.raw_os_error() {
+                Some(libc::EPERM | libc::EACCES) => {
+                    " (guest-probe needs CAP_BPF and CAP_PERFMON, which root has outside of containers; \
+                     /sys/kernel/security/lockdown tells whether the kernel forbids it to everybody)"
+                }
+                Some(libc::ENOSYS | libc::ENODEV | libc::ENOENT) => {
+                    " (it needs CONFIG_BPF_SYSCALL and CONFIG_UPROBE_EVENTS)"
+                }
+                _ => " (it needs Linux 5.8 or later)",
+            };
+        }
+        cause = error.source();
+    }
+    " (it needs Linux 5.8 or later)"
 }
 
 /// A program and the function that it goes to.

@@ -88,11 +88,7 @@ impl Server {
         Self::start_in(None, false, more_args)
     }
 
-    fn start_in(
-        turn: Option<MutexGuard<'static, ()>>,
-        contained: bool,
-        more_args: &[&str],
-    ) -> Result<Self> {
+    fn start_in(turn: Option<MutexGuard<'static, ()>>, contained: bool, more_args: &[&str]) -> Result<Self> {
         let template = template()?;
         let dir = tempfile::Builder::new().prefix("poolskip-test-").tempdir()?;
         let image = dir.path().join("disk.img");

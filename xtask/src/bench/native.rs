@@ -49,7 +49,8 @@ pub fn measure<S: AsRef<OsStr>>(bench: &str, arguments: impl IntoIterator<Item =
 }
 
 fn figures(bench: &str, printed: &[u8]) -> Result<Report> {
-    let samples: Vec<Samples> = serde_json::from_slice(printed).context("the bench printed something else")?;
+    let samples: Vec<Samples> =
+        serde_json::from_slice(printed).context("the bench printed something else")?;
     let figures = samples.into_iter().map(|it| match it.baseline {
         Some(baseline) => Figure::against(it.name, it.unit, it.samples, &baseline),
         None => Figure::alone(it.name, it.unit, it.samples),

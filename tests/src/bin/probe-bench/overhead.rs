@@ -1,16 +1,15 @@
 //! sysbench against a mysqld with and without probes, in turn.
 
 use std::fs;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, anyhow, ensure};
-use guest_probe::event::EventKind;
-use guest_probe::session::{Options, Session};
+use anyhow::{Context, Result, ensure};
+use guest_probe::config::Mode;
+use guest_probe::process::Choice;
+use guest_probe::service::ServiceOptions;
 use guest_probe::statistics;
-use guest_probe::storage_map::DiskRule;
+use tests::kernel::{Held, runs};
+use tests::running::{Running, options};
 use tests::server::Server;
 
 use crate::Samples;
@@ -91,6 +90,8 @@ pub fn run(args: &Args) -> Result<Vec<Samples>> {
             ),
         ]);
     }
+    let hits = vec![idle_hits(&server, args)?];
+    found.push(Samples { name: "on_demand_idle_hits".into(), unit: "hits", samples: hits, baseline: None });
     Ok(found)
 }
 
@@ -104,40 +105,52 @@ fn once(server: &Server, workload: &str, args: &Args) -> Result<Run> {
     Ok(Run { transactions_per_second: rate, cpu })
 }
 
-/// Does something while a resident probe follows the server, its events taken as the service takes them: once a second, and when
-/// the ring buffer is half full.
+/// Does something while a resident service, as `guest-probe run` is one, follows the server.
 fn with_probes(server: &Server, work: impl FnOnce() -> Result<Run>) -> Result<(Run, Hits)> {
-    // The kernel's own counting costs some 20 ns a hit, which is thus in the figures with probes.
-    let _counting = statistics::count()?;
-    let options = Options { pid: Some(server.pid()), rule: DiskRule::Any, ..Options::default() };
-    let mut session = Session::start(&options)?;
-    let programs = session.probes().program_ids();
-    let over = Arc::new(AtomicBool::new(false));
+    let running = Running::start(service(server, Mode::Resident))?;
     let start = Instant::now();
-    let (run, hits) = thread::scope(|scope| -> Result<(Run, Hits)> {
-        let follower = scope.spawn({
-            let over = Arc::clone(&over);
-            move || -> Result<Session> {
-                while !over.load(Ordering::Relaxed) {
-                    session.wait_for_events(Duration::from_secs(1))?;
-                    session.update()?;
-                }
-                Ok(session)
-            }
-        });
-        let run = work();
-        let seconds = start.elapsed().as_secs_f64();
-        let counted = statistics::of_programs(&programs);
-        over.store(true, Ordering::Relaxed);
-        let session = follower.join().map_err(|_| anyhow!("the follower panicked"))??;
-        ensure!(session.probes().missed()?.total() == 0, "events were lost");
-        let hits = counted.iter().map(|program| program.runs).sum::<u64>() as f64 / seconds;
-        let nanoseconds = counted.iter().map(|program| program.nanoseconds).sum::<u64>() as f64;
-        let dirtied = session.events().get(&EventKind::Dirty).copied().unwrap_or_default();
-        eprintln!("    {dirtied} frames dirtied; {counted:?}");
-        Ok((run?, Hits { hits, kernel_seconds: nanoseconds / 1e9 / seconds }))
-    })?;
-    Ok((run, hits))
+    let before = programs(&running)?;
+    let run = work()?;
+    let seconds = start.elapsed().as_secs_f64();
+    let after = programs(&running)?;
+    let status = running.status()?;
+    ensure!(status.servers.iter().all(|server| server.events_lost == 0), "events were lost: {status}");
+    let hits = (after.0 - before.0) as f64 / seconds;
+    let kernel_seconds = (after.1 - before.1) as f64 / 1e9 / seconds;
+    running.end()?;
+    Ok((run, Hits { hits, kernel_seconds }))
+}
+
+/// A service for this server alone. The kernel's counting costs some 20 ns a hit, which is thus in the figures with probes.
+fn service(server: &Server, mode: Mode) -> ServiceOptions {
+    ServiceOptions { choice: Choice::One(server.pid()), ..options(mode, "".into()) }
+}
+
+/// Runs of all programs and nanoseconds in them.
+fn programs(running: &Running) -> Result<(u64, u64)> {
+    let status = running.status()?;
+    let programs = &status.servers.first().context("no server is probed")?.programs;
+    ensure!(!programs.is_empty(), "no program is counted");
+    Ok((
+        programs.iter().map(|program| program.runs).sum(),
+        programs.iter().map(|program| program.nanoseconds).sum(),
+    ))
+}
+
+/// Hits while a service on demand waits for a request and the server works: counted by the kernel in all programs that this
+/// process holds, and none may be in mysqld's code either.
+fn idle_hits(server: &Server, args: &Args) -> Result<f64> {
+    let _counting = statistics::count()?;
+    let running = Running::start(service(server, Mode::OnDemand))?;
+    once(server, "oltp_read_write", args)?;
+    let held = Held::by(std::process::id())?;
+    let mut hits = 0;
+    for program in &held.programs {
+        hits += runs(*program)?;
+    }
+    ensure!(held.links.is_empty(), "something is attached: {held:?}");
+    running.end()?;
+    Ok(hits as f64)
 }
 
 /// Processor time of a process so far, in seconds.

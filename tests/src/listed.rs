@@ -1,0 +1,66 @@
+//! Lists held against the disk, byte for byte, while the server stands still.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Result, ensure};
+use enlightenment::device::UserRun;
+use guest_probe::control_blocks::BlocksError;
+use guest_probe::lists::ListSummary;
+use guest_probe::session::Session;
+
+use crate::disk::Disk;
+use crate::truth::{Block, Memory, PAGE};
+
+/// Bytes in a guest page.
+pub const GUEST_PAGE: usize = 4096;
+
+/// The lists as things are now.
+///
+/// # Errors
+/// When the pool cannot be read.
+pub fn lists(session: &mut Session) -> Result<(Vec<UserRun>, ListSummary)> {
+    let mut runs = Vec::new();
+    let summary = session.lists(|piece| {
+        runs.extend_from_slice(piece);
+        Ok::<(), BlocksError>(())
+    })?;
+    Ok((runs, summary))
+}
+
+/// Compares all guest pages of the runs with the disk; returns how many there are. The server must stand still.
+///
+/// # Errors
+/// When a page differs, or a run is on another disk.
+pub fn compare(runs: &[UserRun], disk: &Disk, memory: &Memory) -> Result<u64> {
+    let (major, minor) = disk.number()?;
+    let mut pages = 0;
+    for run in runs {
+        ensure!(run.vdev == major << 20 | minor, "run {run:?} is on another disk");
+        let length = usize::from(run.pages) * GUEST_PAGE;
+        let in_memory = memory.read(run.address, length)?;
+        let on_disk = disk.read(run.disk_offset, length)?;
+        for (index, (left, right)) in in_memory.chunks(GUEST_PAGE).zip(on_disk.chunks(GUEST_PAGE)).enumerate()
+        {
+            ensure!(left == right, "guest page {index} of {run:?} differs from the disk");
+        }
+        pages += u64::from(run.pages);
+    }
+    Ok(pages)
+}
+
+/// Frames that the runs name, whole or in part.
+pub fn frames(runs: &[UserRun]) -> BTreeSet<u64> {
+    let page = PAGE as u64;
+    runs.iter()
+        .flat_map(|run| {
+            let first = run.address / page;
+            let last = (run.address + (u64::from(run.pages) * GUEST_PAGE as u64) - 1) / page;
+            (first..=last).map(move |frame| frame * page)
+        })
+        .collect()
+}
+
+/// Whether a frame could be listed, as far as its control block, read independently, says: a page of a file, as on disk, at rest.
+pub fn at_rest(block: &Block) -> bool {
+    block.is_file_page && !block.dirty && block.io_fix == 0 && block.fix_count == 0
+}
