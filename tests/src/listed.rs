@@ -1,15 +1,16 @@
 //! Lists held against the disk, byte for byte, while the server stands still.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use anyhow::{Result, ensure};
 use enlightenment::device::UserRun;
 use guest_probe::control_blocks::BlocksError;
+use guest_probe::left_out::LeftOut;
 use guest_probe::lists::ListSummary;
 use guest_probe::session::Session;
 
 use crate::disk::Disk;
-use crate::truth::{Block, Memory, PAGE};
+use crate::truth::{Block, Memory};
 
 /// Bytes in a guest page.
 pub const GUEST_PAGE: usize = 4096;
@@ -48,16 +49,20 @@ pub fn compare(runs: &[UserRun], disk: &Disk, memory: &Memory) -> Result<u64> {
     Ok(pages)
 }
 
-/// Frames that the runs name, whole or in part.
-pub fn frames(runs: &[UserRun]) -> BTreeSet<u64> {
-    let page = PAGE as u64;
-    runs.iter()
-        .flat_map(|run| {
-            let first = run.address / page;
-            let last = (run.address + (u64::from(run.pages) * GUEST_PAGE as u64) - 1) / page;
-            (first..=last).map(move |frame| frame * page)
-        })
-        .collect()
+/// Frames that could be listed, by control blocks that were read independently at the same moment: those at rest, without those that the lists
+/// say can never be, or not at this moment, read from disk as they are.
+pub fn could_be_listed(blocks: &BTreeMap<u64, Block>, lists: &ListSummary) -> u64 {
+    const UNFIT: [LeftOut; 6] = [
+        LeftOut::Stale,
+        LeftOut::Temporary,
+        LeftOut::Compressed,
+        LeftOut::Encrypted,
+        LeftOut::Hole,
+        LeftOut::BeyondFile,
+    ];
+    let unfit: u64 = UNFIT.iter().filter_map(|reason| lists.left_out.get(reason)).sum();
+    let at_rest = blocks.values().filter(|block| at_rest(block)).count() as u64;
+    at_rest.saturating_sub(unfit)
 }
 
 /// Whether a frame could be listed, as far as its control block, read independently, says: a page of a file, as on disk, at rest.

@@ -154,9 +154,9 @@ impl Server {
         Ok("/run/mysqld/mysqld")
     }
 
-    /// A directory that is `/tmp` in its root.
-    pub fn tmp_dir(&self) -> &Path {
-        &self.place.tmp_dir
+    /// The directory that is `/run/mysqld` in its root.
+    pub fn run_dir(&self) -> &Path {
+        &self.place.run_dir
     }
 
     /// Runs one of sysbench's workloads on its four tables for some seconds; how many transactions a second it made.
