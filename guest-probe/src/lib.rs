@@ -32,6 +32,7 @@ pub mod left_out;
 pub mod lists;
 pub mod memory;
 pub mod metrics;
+pub mod privileges;
 pub mod probes;
 pub mod process;
 pub mod report;

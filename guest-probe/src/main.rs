@@ -9,6 +9,7 @@ use clap::{Parser, Subcommand};
 use guest_probe::config::{Config, Mode};
 use guest_probe::device::ModuleDevice;
 use guest_probe::exit::Exit;
+use guest_probe::privileges;
 use guest_probe::report;
 use guest_probe::service::{self, Ended, ServiceOptions};
 use guest_probe::status;
@@ -114,6 +115,9 @@ fn run(command: Command) -> Result<Exit> {
             config.socket = socket.unwrap_or(config.socket);
             config.statistics |= statistics;
             let mut device = ModuleDevice::open(&config.device)?;
+            if let Err(error) = privileges::give_up() {
+                tracing::warn!(%error, "capabilities that are not needed cannot be given up");
+            }
             let mut options = ServiceOptions::from(config);
             options.session.wrong_hints = wrong_hints;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

@@ -63,7 +63,7 @@ fn advice(error: &(dyn std::error::Error + 'static)) -> &'static str {
         if let Some(error) = error.downcast_ref::<std::io::Error>() {
             return match error.raw_os_error() {
                 Some(libc::EPERM | libc::EACCES) => {
-                    " (guest-probe needs CAP_BPF and CAP_PERFMON, which root has outside of containers; \
+                    " (guest-probe needs CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN, as root has outside of containers; \
                      /sys/kernel/security/lockdown tells whether the kernel forbids it to everybody)"
                 }
                 Some(libc::ENOSYS | libc::ENODEV | libc::ENOENT) => {
@@ -151,7 +151,10 @@ impl Probes {
         let layout = LayoutGlobal(build.event_layout(ring_bytes / 2));
         let log_level: u8 =
             if tracing::enabled!(tracing::Level::DEBUG) { aya_log::Level::Debug as u8 } else { 0 };
+        // The programs read mysqld's structures alone, so the kernel's own types (BTF) are not needed: a kernel without will do, and
+        // parsing them takes 13 MB.
         let mut ebpf = EbpfLoader::new()
+            .btf(None)
             .override_global("LAYOUT", GlobalData::from(&layout), true)
             .override_global(aya_log::LEVEL, GlobalData::from(&log_level), true)
             .map_max_entries("EVENTS", ring_bytes)

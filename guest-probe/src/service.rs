@@ -452,7 +452,11 @@ impl Service {
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             mode: self.config.mode,
-            servers: self.servers.sessions().map(|(_, session)| server_status(session)).collect(),
+            servers: self
+                .servers
+                .sessions()
+                .map(|(_, session)| server_status(session, self.config.statistics))
+                .collect(),
             refused: refused.collect(),
             seconds_since_request: self.last_request.map(|at| at.elapsed().as_secs()),
             answers: self.answers,
@@ -465,7 +469,7 @@ impl Service {
     }
 }
 
-fn server_status(session: &Session) -> ServerStatus {
+fn server_status(session: &Session, counting: bool) -> ServerStatus {
     let server = session.server();
     let (snapshots, snapshot_took) = session.snapshots();
     let missed = session.probes().missed().unwrap_or_default();
@@ -481,7 +485,12 @@ fn server_status(session: &Session) -> ServerStatus {
         events_unreadable: missed.unreadable,
         snapshots,
         snapshot_milliseconds: snapshot_took.as_millis() as u64,
-        programs: statistics::of_programs(&session.probes().program_ids()),
+        // Without counting there is nothing to tell, and the kernel's list may not be read without CAP_SYS_ADMIN.
+        programs: if counting {
+            statistics::of_programs(&session.probes().program_ids())
+        } else {
+            Vec::new()
+        },
     }
 }
 

@@ -72,7 +72,7 @@ pub struct ServerStatus {
     pub snapshots: u64,
     /// Milliseconds that the last one took.
     pub snapshot_milliseconds: u64,
-    /// What the eBPF programs cost so far; zeros unless the kernel counts (`statistics`).
+    /// What the eBPF programs cost so far; none unless the kernel counts (`statistics`).
     pub programs: Vec<ProgramStatistics>,
 }
 

@@ -1,15 +1,19 @@
 //! `guest-probe run` as a whole, with a test in the kernel module's place.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::process::Command;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use enlightenment::xenstore::RequestKind;
 use guest_probe::config::Mode;
+use guest_probe::exit::Exit;
 use guest_probe::process::Choice;
 use guest_probe::service::{Ended, ServiceError, ServiceOptions};
 use guest_probe::session::{Options, Session};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use tests::kernel::{Held, INT3};
 use tests::running::{Running, options};
 use tests::server::{POOL_BYTES, Server, wait_for};
@@ -189,7 +193,7 @@ fn peak_memory(pid: u32) -> Result<u64> {
 }
 
 #[test]
-fn a_killed_probe_leaves_nothing_attached() -> Result<()> {
+fn a_killed_probe_leaves_nothing_attached_and_needs_no_btf() -> Result<()> {
     let server = Server::start(&[])?;
     let memory = Memory::open(server.pid())?;
     let places = places(&server)?;
@@ -197,14 +201,29 @@ fn a_killed_probe_leaves_nothing_attached() -> Result<()> {
     let bytes = || first_bytes(&memory, &places);
     wait_for("the probes of a session that was dropped to go", || Ok(!bytes()?.contains(&INT3)))?;
     let before = bytes()?;
-    let mut victim =
-        Command::new(env!("CARGO_BIN_EXE_attach_and_wait")).arg(server.pid().to_string()).spawn()?;
-    let attached = wait_for("the victim to attach", || Ok(bytes()?.iter().all(|byte| *byte == INT3)));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_attach_and_wait"));
+    command.arg(server.pid().to_string()).stdout(Stdio::piped());
+    // A kernel without BTF will do.
+    let hide_btf = || {
+        let none = None::<&str>;
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        mount(none, "/sys/kernel/btf", Some("tmpfs"), MsFlags::empty(), none)?;
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls only.
+    unsafe { command.pre_exec(hide_btf) };
+    let mut victim = command.spawn()?;
+    let mut line = String::new();
+    // It ends early when something fails.
+    BufReader::new(victim.stdout.take().context("no output")?).read_line(&mut line)?;
+    let attached = bytes()?;
     let memory_of_victim = peak_memory(victim.id());
     let held = Held::by(victim.id());
     victim.kill()?;
     victim.wait()?;
-    attached?;
+    ensure!(attached.iter().all(|byte| *byte == INT3), "the victim has not attached");
+    ensure!(line.trim().parse::<u64>()? > 500, "with few capabilities {line} frames are listed");
     let held = held?;
     ensure!(held.programs.len() == 8 && !held.links.is_empty(), "{held:?}");
     // The promise is 32 MiB and 64 bytes a frame.
@@ -215,5 +234,32 @@ fn a_killed_probe_leaves_nothing_attached() -> Result<()> {
     wait_for("the probes of the killed process to go", || Ok(bytes()? == before))?;
     wait_for("the kernel to forget its programs and links", || Ok(held.still_there().is_empty()))?;
     ensure!(server.sql("SELECT COUNT(*) FROM sbtest.sbtest1 WHERE pad != ''")?.trim() == "200000");
+    Ok(())
+}
+
+#[test]
+fn without_capabilities_nothing_is_attached_and_it_is_said() -> Result<()> {
+    let server = Server::start(&[])?;
+    let memory = Memory::open(server.pid())?;
+    let mut command = Command::new(env!("CARGO_BIN_EXE_attach_and_wait"));
+    command.arg(server.pid().to_string());
+    let nothing_may_be_done = || {
+        // Up to the last one that the kernel knows.
+        for capability in 0..64 {
+            // SAFETY: a plain system call with integers.
+            if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } < 0 {
+                break;
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls only.
+    unsafe { command.pre_exec(nothing_may_be_done) };
+    let output = command.output()?;
+    let words = String::from_utf8_lossy(&output.stderr);
+    println!("{words}");
+    ensure!(output.status.code() == Some(i32::from(Exit::NotPermitted as u8)), "{output:?}");
+    ensure!(words.trim().lines().count() == 1 && words.contains("root"), "{words}");
+    ensure!(!first_bytes(&memory, &places(&server)?)?.is_empty());
     Ok(())
 }
