@@ -53,6 +53,7 @@ impl Exit {
             match error {
                 ServiceError::Session(error) => Self::of(error),
                 ServiceError::Process(error) => Self::of(error),
+                ServiceError::Probes(error) => Self::of(error),
                 ServiceError::Device(error) => Self::of(error),
                 ServiceError::Runs(_) => Self::OtherProbe,
                 ServiceError::Socket { .. } | ServiceError::Metrics { .. } => Self::Configuration,

@@ -33,6 +33,7 @@ use crate::config::{Config, Mode};
 use crate::device::{Device, DeviceError};
 use crate::event::EventKind;
 use crate::metrics;
+use crate::probes::{ProbeError, Probes};
 use crate::process::{Choice, MysqldProcess, ProcessError, ProcessKey};
 use crate::servers::Servers;
 use crate::session::{Options, Server, Session, SessionError};
@@ -57,6 +58,9 @@ pub enum ServiceError {
     /// Processes cannot be looked at, or the one that is wanted is not there.
     #[error(transparent)]
     Process(#[from] ProcessError),
+    /// The kernel takes no probes.
+    #[error(transparent)]
+    Probes(#[from] ProbeError),
     /// The device failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -139,6 +143,8 @@ pub async fn serve(
     let mut terminate = signal(SignalKind::terminate()).map_err(system("wait for SIGTERM"))?;
     let config = options.config.clone();
     let listener = listen(&config.socket)?;
+    // Said now, not in the middle of a migration.
+    Probes::check()?;
     let metrics_listener = listen_for_metrics(&config).await?;
     let _counting =
         config.statistics.then(statistics::count).transpose().map_err(system("let the kernel count"))?;

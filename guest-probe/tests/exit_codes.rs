@@ -73,4 +73,10 @@ fn each_failure_has_its_code_and_its_sentence() {
     let (exit, words) = ends(&["snapshot", "--pid", "1"], true);
     assert_eq!(exit, code(Exit::NotPermitted), "{words}");
     is_one_sentence(&words, "root");
+
+    // The kernel is asked before anybody waits for the probes.
+    let (exit, words) = ends(&["run", "--device", "/dev/null", "--socket", &socket], true);
+    assert_eq!(exit, code(Exit::NotPermitted), "{words}");
+    let last = words.trim().lines().last().unwrap_or_default();
+    is_one_sentence(last, "CAP_BPF");
 }
