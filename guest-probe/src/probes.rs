@@ -163,7 +163,8 @@ impl Probes {
     }
 
     /// Whether the kernel lets this process do all that [`Probes::attach`] will: loads the programs, and attaches one to the first byte of this
-    /// program's own file, which is no code. Then all is taken out again.
+    /// program's own file. That is no code, so nothing ever runs into it, but the kernel takes it for a jump (0x7f) and so for a fit
+    /// place. Then all is taken out again.
     ///
     /// # Errors
     /// [`ProbeError`] with what is forbidden or missing.

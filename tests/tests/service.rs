@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use enlightenment::xenstore::RequestKind;
@@ -74,6 +75,7 @@ fn a_resident_probe_answers_and_ends_with_its_mysqld() -> Result<()> {
         probed.programs
     );
     ensure!(status.peak_memory_bytes > 0);
+    guest_probe::watch::watch(running.socket(), Duration::from_millis(100), Some(2))?;
     // A second one is refused.
     let mut second = only(&server, Mode::Resident);
     second.config.socket = running.socket().to_path_buf();

@@ -100,7 +100,8 @@ impl Deployment {
                 lab,
                 &format!(
                     "{PROBE} run --resident {options} </dev/null >/run/guest-probe.log 2>&1 & echo $! >/run/guest-probe.pid; \
-                     for i in $(seq 600); do {PROBE} status --json >/run/guest-probe.status 2>/dev/null && exit 0; \
+                     for i in $(seq 600); do {PROBE} status --json >/run/guest-probe.status 2>/dev/null \
+                     && case $(cat /run/guest-probe.status) in *mysqld_package*) exit 0;; esac; \
                      kill -0 $(cat /run/guest-probe.pid) || break; sleep 0.5; done; \
                      echo 'the probe does not answer; its log:' >&2; tail -n 40 /run/guest-probe.log >&2; exit 1"
                 ),
