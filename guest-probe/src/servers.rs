@@ -114,15 +114,18 @@ impl Servers {
     pub fn publish(&mut self, device: &mut impl Device, answers: u64) -> Result<Answer, DeviceError> {
         let start = Instant::now();
         let mut without: BTreeMap<ProcessKey, SessionError> = BTreeMap::new();
+        let mut is_second_look = false;
         loop {
             let generation = device.begin()?;
             let mut answer = Answer { sequence: answers, generation, ..Answer::default() };
             let mut failed = None;
+            let mut would_list_more = false;
             for (key, session) in self.sessions.iter_mut().filter(|(key, _)| !without.contains_key(key)) {
                 match session.add_lists(device, generation) {
                     Ok((lists, translated)) => {
                         answer.pages_listed += translated.listed;
                         answer.pages_unmapped += translated.unmapped;
+                        would_list_more |= session.would_list_more(&lists);
                         answer.tables.extend(session.by_table(&lists));
                         answer.lists.add(&lists);
                         answer.servers += 1;
@@ -138,6 +141,11 @@ impl Servers {
             if let Some((key, error)) = failed {
                 tracing::warn!(pid = key.pid, %error, "this mysqld is left out of the lists");
                 without.insert(key, error);
+                continue;
+            }
+            if would_list_more && !is_second_look {
+                tracing::debug!("the lists are built once more: there is more to be had");
+                is_second_look = true;
                 continue;
             }
             let lists = &answer.lists;

@@ -33,6 +33,8 @@ use crate::wrong_hints::WrongHints;
 const GRACE: Duration = Duration::from_millis(20);
 /// How often a snapshot is taken anew because events were lost meanwhile; the rest is for the next time.
 const SNAPSHOTS_AT_ONCE: u32 = 3;
+/// Many frames differ when more than one of so many clean ones does: under load it is one of thousands.
+const MANY_DIFFER: u64 = 100;
 /// A pool that is changing its shape is looked at again after this time at the earliest.
 const BETWEEN_SNAPSHOTS: Duration = Duration::from_secs(2);
 
@@ -313,6 +315,14 @@ impl Session {
             Ok::<(), DeviceError>(())
         })?;
         Ok((lists, translated))
+    }
+
+    /// Whether lists that are built once more would have notably more than these, just built: a file was found under no name that is
+    /// known, or many frames have other pages than the table says, as when a pool that shrinks moves pages without any event. What heals
+    /// that (a scan, a snapshot) is done before the next lists anyway.
+    pub fn would_list_more(&self, lists: &ListSummary) -> bool {
+        let differ = lists.left_out.get(&LeftOut::TableDiffers).copied().unwrap_or_default();
+        self.wants_scan || differ * MANY_DIFFER > lists.pool_frames_clean
     }
 
     /// What of each table is in these lists.

@@ -15,16 +15,25 @@ use crate::truth::{Block, Memory};
 /// Bytes in a guest page.
 pub const GUEST_PAGE: usize = 4096;
 
-/// The lists as things are now.
+/// The lists as things are now; with a second look where that finds more, as for an answer to dom0.
 ///
 /// # Errors
 /// When the pool cannot be read.
 pub fn lists(session: &mut Session) -> Result<(Vec<UserRun>, ListSummary)> {
-    let mut runs = Vec::new();
-    let summary = session.lists(|piece| {
-        runs.extend_from_slice(piece);
-        Ok::<(), BlocksError>(())
-    })?;
+    let mut once = || -> Result<(Vec<UserRun>, ListSummary, bool)> {
+        let mut runs = Vec::new();
+        let summary = session.lists(|piece| {
+            runs.extend_from_slice(piece);
+            Ok::<(), BlocksError>(())
+        })?;
+        let more = session.would_list_more(&summary);
+        Ok((runs, summary, more))
+    };
+    let (runs, summary, more) = once()?;
+    if !more {
+        return Ok((runs, summary));
+    }
+    let (runs, summary, _) = once()?;
     Ok((runs, summary))
 }
 
