@@ -17,24 +17,31 @@
 
 mod bytes;
 pub mod catalogue;
+pub mod config;
 pub mod control_blocks;
+pub mod coverage;
 pub mod device;
 pub mod disk;
 pub mod elf;
 #[path = "../../guest-probe-ebpf/src/event.rs"]
 pub mod event;
+pub mod exit;
 pub mod fiemap;
 pub mod frame_table;
 pub mod left_out;
 pub mod lists;
 pub mod memory;
+pub mod metrics;
+pub mod privileges;
 pub mod probes;
 pub mod process;
 pub mod report;
+pub mod servers;
 pub mod service;
 pub mod session;
 pub mod spaces;
 pub mod statistics;
 pub mod status;
 pub mod storage_map;
+pub mod watch;
 pub mod wrong_hints;

@@ -12,6 +12,7 @@ use enlightenment::{ListKind, PAGE_SIZE};
 use serde::{Deserialize, Serialize};
 
 use crate::control_blocks::{BlocksError, ControlBlock, ControlBlocks, SpacesInMemory};
+use crate::coverage::Coverage;
 use crate::frame_table::{FrameAddr, FrameState, FrameTable};
 use crate::left_out::LeftOut;
 use crate::memory::Memory;
@@ -38,6 +39,24 @@ pub struct ListSummary {
     pub runs: u64,
     /// Frames with a page that are in neither, by reason.
     pub left_out: BTreeMap<LeftOut, u64>,
+    /// The same by tablespace; [`crate::coverage`] makes of it what people read.
+    #[serde(skip)]
+    pub by_space: BTreeMap<u32, Coverage>,
+}
+
+impl ListSummary {
+    /// Adds what became of another pool; tablespaces are each server's own and stay behind.
+    pub fn add(&mut self, other: &Self) {
+        self.pool_frames += other.pool_frames;
+        self.pool_frames_clean += other.pool_frames_clean;
+        self.frames_read += other.frames_read;
+        self.frames_written += other.frames_written;
+        self.pages += other.pages;
+        self.runs += other.runs;
+        for (reason, count) in &other.left_out {
+            *self.left_out.entry(*reason).or_default() += count;
+        }
+    }
 }
 
 /// Builds the lists and hands them to `sink`, piece by piece, in order of the frames' addresses within a chunk.
@@ -68,9 +87,16 @@ pub fn build<M: Memory, E>(
                 .and_then(|kind| storage.pieces(block.page, &mut pieces).map(|()| kind));
             match listed {
                 Ok(kind) => {
+                    let of_space = summary.by_space.entry(block.page.space).or_default();
                     match kind {
-                        ListKind::Read => summary.frames_read += 1,
-                        ListKind::Written => summary.frames_written += 1,
+                        ListKind::Read => {
+                            summary.frames_read += 1;
+                            of_space.frames_read += 1;
+                        }
+                        ListKind::Written => {
+                            summary.frames_written += 1;
+                            of_space.frames_written += 1;
+                        }
                     }
                     for piece in &pieces {
                         summary.pages += u64::from(piece.pages);
@@ -81,7 +107,10 @@ pub fn build<M: Memory, E>(
                         failed = runs.hand_over(&mut sink).err();
                     }
                 }
-                Err(reason) => *summary.left_out.entry(reason).or_default() += 1,
+                Err(reason) => {
+                    *summary.left_out.entry(reason).or_default() += 1;
+                    summary.by_space.entry(block.page.space).or_default().left_out += 1;
+                }
             }
         })?;
     }

@@ -2,23 +2,28 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use clap::{Parser, Subcommand};
+use guest_probe::config::{Config, Mode};
 use guest_probe::device::ModuleDevice;
+use guest_probe::exit::Exit;
+use guest_probe::privileges;
 use guest_probe::report;
-use guest_probe::service::{self, Ended};
-use guest_probe::session::Options;
+use guest_probe::service::{self, Ended, ServiceOptions};
 use guest_probe::status;
-use guest_probe::storage_map::DiskRule;
-
-/// Exit code of `run` when mysqld has ended.
-const MYSQLD_GONE: u8 = 3;
+use guest_probe::watch;
+use tracing_subscriber::EnvFilter;
 
 /// Tells the host which frames of a running mysqld's buffer pool lie on disk, and where.
 ///
 /// mysqld is neither restarted nor configured: its functions are probed by eBPF and its memory is read. Needs root, Linux
-/// 5.8 or later, and a build of mysqld that it knows.
+/// 5.8 or later, and a build of mysqld that it knows. POOLSKIP_LOG (error, warn, info, debug) says how much is logged, on stderr.
+///
+/// Exit codes: 0 done or ended by a signal, 1 another failure, 2 the command line, 3 no mysqld or the one of --pid has ended, 4 not
+/// permitted, 5 the kernel takes no probes, 6 an unknown build of mysqld, 7 no kernel module, 8 another guest-probe runs (for `status`:
+/// none answers), 9 the configuration.
 #[derive(Parser)]
 #[command(name = "guest-probe", version)]
 struct Cli {
@@ -28,20 +33,26 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Attach to mysqld, keep its frame table, and answer dom0's requests with lists; runs until SIGTERM or SIGINT
+    /// Answer dom0's requests with lists of every running mysqld; runs until SIGTERM or SIGINT
     ///
-    /// Exit codes: 0 after a signal, 1 after an error, 3 when mysqld has ended (start it again then; lists are withdrawn).
-    /// RUST_LOG=debug says more on stderr.
+    /// Nothing is attached until dom0 asks, nor after the migration, unless --resident is said. What is not said here is as in the
+    /// configuration.
     Run {
-        /// The mysqld to attach to; needed when more than one runs
+        /// The configuration; without this, the one at /etc/poolskip/guest-probe.toml if there is one
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        /// Keep probes in place all the time
+        #[arg(long)]
+        resident: bool,
+        /// The only mysqld to probe; ends with code 3 when that one does
         #[arg(long, value_name = "N")]
         pid: Option<i32>,
         /// The kernel module's device
-        #[arg(long, value_name = "PATH", default_value = enlightenment::device::DEVICE_PATH)]
-        device: PathBuf,
+        #[arg(long, value_name = "PATH")]
+        device: Option<PathBuf>,
         /// Where `status` asks
-        #[arg(long, value_name = "PATH", default_value = status::SOCKET_PATH)]
-        socket: PathBuf,
+        #[arg(long, value_name = "PATH")]
+        socket: Option<PathBuf>,
         /// Let the kernel count the runs of the eBPF programs and their time, for `status`
         #[arg(long)]
         statistics: bool,
@@ -49,11 +60,23 @@ enum Command {
         #[arg(long, value_name = "SEED")]
         wrong_hints: Option<u64>,
     },
-    /// Show what a running guest-probe knows and has published
+    /// Show what a running guest-probe knows and has published, by table and by reason
     Status {
         /// As JSON
         #[arg(long)]
         json: bool,
+        /// Where `run` listens
+        #[arg(long, value_name = "PATH", default_value = status::SOCKET_PATH)]
+        socket: PathBuf,
+    },
+    /// Show the status again and again, with what happens in a second
+    Watch {
+        /// Seconds between two looks
+        #[arg(long, value_name = "SECONDS", default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
+        every: u64,
+        /// End after so many looks
+        #[arg(long, value_name = "N")]
+        times: Option<u64>,
         /// Where `run` listens
         #[arg(long, value_name = "PATH", default_value = status::SOCKET_PATH)]
         socket: PathBuf,
@@ -70,34 +93,41 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env();
-    tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_env_filter(filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")))
-        .init();
-    match run(Cli::parse().command) {
-        Ok(code) => code,
-        Err(error) => {
-            // Each message says its cause itself.
-            eprintln!("guest-probe: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    let filter = EnvFilter::try_from_env("POOLSKIP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_writer(std::io::stderr).with_env_filter(filter).init();
+    let exit = run(Cli::parse().command).unwrap_or_else(|error| {
+        // Each message says its cause itself.
+        eprintln!("guest-probe: {error}");
+        Exit::of(&*error)
+    });
+    ExitCode::from(exit as u8)
 }
 
-fn run(command: Command) -> Result<ExitCode> {
+fn run(command: Command) -> Result<Exit> {
     match command {
-        Command::Run { pid, device, socket, statistics, wrong_hints } => {
-            let options = Options { pid, wrong_hints, rule: DiskRule::Xen, ..Options::default() };
-            let mut device = ModuleDevice::open(&device)?;
+        Command::Run { config, resident, pid, device, socket, statistics, wrong_hints } => {
+            let mut config = Config::load(config.as_deref())?;
+            if resident {
+                config.mode = Mode::Resident;
+            }
+            config.pid = pid.or(config.pid);
+            config.device = device.unwrap_or(config.device);
+            config.socket = socket.unwrap_or(config.socket);
+            config.statistics |= statistics;
+            let mut device = ModuleDevice::open(&config.device)?;
+            if let Err(error) = privileges::give_up() {
+                tracing::warn!(%error, "capabilities that are not needed cannot be given up");
+            }
+            let mut options = ServiceOptions::from(config);
+            options.session.wrong_hints = wrong_hints;
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             let runtime =
                 runtime.map_err(|error| anyhow!("cannot start the asynchronous runtime: {error}"))?;
-            match runtime.block_on(service::serve(&options, &mut device, &socket, statistics))? {
-                Ended::BySignal => Ok(ExitCode::SUCCESS),
+            match runtime.block_on(service::serve(options, &mut device))? {
+                Ended::BySignal => Ok(Exit::Success),
                 Ended::MysqldGone => {
                     eprintln!("guest-probe: mysqld has ended; its lists are withdrawn");
-                    Ok(ExitCode::from(MYSQLD_GONE))
+                    Ok(Exit::NoMysqld)
                 }
             }
         }
@@ -108,7 +138,11 @@ fn run(command: Command) -> Result<ExitCode> {
             } else {
                 println!("{status}");
             }
-            Ok(ExitCode::SUCCESS)
+            Ok(Exit::Success)
+        }
+        Command::Watch { every, times, socket } => {
+            watch::watch(&socket, Duration::from_secs(every), times)?;
+            Ok(Exit::Success)
         }
         Command::Snapshot { pid, json } => {
             let report = report::report(pid)?;
@@ -117,7 +151,7 @@ fn run(command: Command) -> Result<ExitCode> {
             } else {
                 print!("{report}");
             }
-            Ok(ExitCode::SUCCESS)
+            Ok(Exit::Success)
         }
     }
 }

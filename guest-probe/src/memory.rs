@@ -10,7 +10,7 @@ use crate::bytes::u64_le;
 
 /// A read that failed.
 #[derive(Debug, Error)]
-#[error("cannot read {bytes} bytes at {address:#x} of process {pid}: {source}")]
+#[error("cannot read {bytes} bytes at {address:#x} of process {pid}: {source}{}", advice(source))]
 pub struct MemoryError {
     /// The process.
     pub pid: i32,
@@ -20,6 +20,15 @@ pub struct MemoryError {
     pub bytes: usize,
     /// Why.
     pub source: io::Error,
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ESRCH) => " (it has ended while it was read)",
+        Some(libc::EPERM) => " (guest-probe needs to run as root)",
+        Some(libc::EFAULT) => " (nothing is mapped there: it is starting, resizing its pool or ending)",
+        _ => "",
+    }
 }
 
 /// Memory that can be read by address.
@@ -98,5 +107,8 @@ mod tests {
         assert_eq!(memory.read_u64(std::ptr::from_ref(&value) as u64).unwrap(), value);
         let error = memory.read_u64(8).unwrap_err();
         assert_eq!((error.address, error.bytes), (8, 8));
+        assert!(error.to_string().contains("nothing is mapped"), "{error}");
+        let error = ProcessMemory { pid: i32::MAX }.read_u64(8).unwrap_err();
+        assert!(error.to_string().contains("it has ended"), "{error}");
     }
 }

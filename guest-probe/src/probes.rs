@@ -22,17 +22,20 @@ static OBJECT: &[u8] = include_bytes_aligned!("../ebpf/guest-probe-ebpf.o");
 /// Bytes in the ring buffer: 32,768 events of 24 bytes with 8 of the kernel's own.
 pub const RING_BYTES: u32 = 1 << 20;
 
+/// Bytes in the smallest one, a page.
+const LEAST_RING_BYTES: u32 = 4096;
+
 /// Why probes are not in place.
 #[derive(Debug, Error)]
 pub enum ProbeError {
     /// The kernel does not take the programs.
-    #[error("the kernel refuses the eBPF programs: {0} (needs root, Linux 5.8 or later)")]
-    Load(Box<EbpfError>),
+    #[error("the kernel refuses the eBPF programs: {0}{advice}", advice = advice(.0.as_ref()))]
+    Load(#[source] Box<EbpfError>),
     /// A program is not in the object.
     #[error("the eBPF object has no {0} {1}: it was built from other sources")]
     Missing(&'static str, &'static str),
     /// A program cannot be loaded or attached.
-    #[error("cannot attach {program} to {symbol} at {offset:#x} of {path}: {source}")]
+    #[error("cannot attach {program} to {symbol} at {offset:#x} of {path}: {source}{}", advice(source.as_ref()))]
     Attach {
         /// The program.
         program: &'static str,
@@ -54,6 +57,27 @@ pub enum ProbeError {
     /// The PID is none.
     #[error("{0} is no PID")]
     Pid(i32),
+}
+
+/// What to do, by what the kernel said.
+fn advice(error: &(dyn std::error::Error + 'static)) -> &'static str {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if let Some(error) = error.downcast_ref::<std::io::Error>() {
+            return match error.raw_os_error() {
+                Some(libc::EPERM | libc::EACCES) => {
+                    " (guest-probe needs CAP_BPF, CAP_PERFMON and CAP_SYS_ADMIN, as root has outside of containers; \
+                     /sys/kernel/security/lockdown tells whether the kernel forbids it to everybody)"
+                }
+                Some(libc::ENOSYS | libc::ENODEV | libc::ENOENT) => {
+                    " (it needs CONFIG_BPF_SYSCALL and CONFIG_UPROBE_EVENTS)"
+                }
+                _ => " (it needs Linux 5.8 or later)",
+            };
+        }
+        cause = error.source();
+    }
+    " (it needs Linux 5.8 or later)"
 }
 
 /// A program and the function that it goes to.
@@ -127,10 +151,54 @@ impl Probes {
     ) -> Result<Self, ProbeError> {
         let pid = u32::try_from(process.pid).ok().and_then(NonZeroU32::new);
         let scope = UProbeScope::OneProcess(pid.ok_or(ProbeError::Pid(process.pid))?);
-        let layout = LayoutGlobal(build.event_layout(ring_bytes / 2));
+        let mut probes = Self::load(build.event_layout(ring_bytes / 2), ring_bytes)?;
+        let wanted = attachments(&build.functions);
+        let names: Vec<&str> = wanted.iter().map(|attachment| attachment.symbol).collect();
+        let places = elf.symbols(&names)?;
+        for (attachment, place) in wanted.iter().zip(places) {
+            let place = elf.probe_place(attachment.symbol, place)?;
+            probes.attach_one(process, attachment, place, scope)?;
+        }
+        Ok(probes)
+    }
+
+    /// Whether the kernel lets this process do all that [`Probes::attach`] will: loads the programs, and attaches one to the first byte of this
+    /// program's own file. That is no code, so nothing ever runs into it, but the kernel takes it for a jump (0x7f) and so for a fit
+    /// place. Then all is taken out again.
+    ///
+    /// # Errors
+    /// [`ProbeError`] with what is forbidden or missing.
+    pub fn check() -> Result<(), ProbeError> {
+        let mut probes = Self::load(Layout::default(), LEAST_RING_BYTES)?;
+        let path = "/proc/self/exe";
+        let (mut last, me) = (None, NonZeroU32::new(std::process::id()));
+        let scope = UProbeScope::OneProcess(me.ok_or(ProbeError::Pid(0))?);
+        for (name, program) in probes.ebpf.programs_mut() {
+            let failed = |source| ProbeError::Attach {
+                program: "a program",
+                symbol: name.to_owned(),
+                offset: 0,
+                path: path.to_owned(),
+                source: Box::new(source),
+            };
+            let program: &mut UProbe = program.try_into().map_err(failed)?;
+            program.load().map_err(failed)?;
+            last = Some((program, failed));
+        }
+        let (program, failed) = last.ok_or(ProbeError::Missing("program", "at all"))?;
+        program.attach(UProbeAttachLocation::AbsoluteOffset(0), path, scope).map_err(failed)?;
+        Ok(())
+    }
+
+    /// Hands the programs and their maps to the kernel; nothing is attached yet.
+    fn load(layout: Layout, ring_bytes: u32) -> Result<Self, ProbeError> {
+        let layout = LayoutGlobal(layout);
         let log_level: u8 =
             if tracing::enabled!(tracing::Level::DEBUG) { aya_log::Level::Debug as u8 } else { 0 };
+        // The programs read mysqld's structures alone, so the kernel's own types (BTF) are not needed: a kernel without will do, and
+        // parsing them takes 13 MB.
         let mut ebpf = EbpfLoader::new()
+            .btf(None)
             .override_global("LAYOUT", GlobalData::from(&layout), true)
             .override_global(aya_log::LEVEL, GlobalData::from(&log_level), true)
             .map_max_entries("EVENTS", ring_bytes)
@@ -142,15 +210,7 @@ impl Probes {
         // Dropping the logger would make the programs' log map go away before they are loaded.
         let logger = EbpfLogger::init(&mut ebpf)
             .inspect_err(|error| tracing::warn!(%error, "no log of the eBPF programs"));
-        let mut probes = Self { ebpf, ring, counters, logger: logger.ok(), attached: Vec::new() };
-        let wanted = attachments(&build.functions);
-        let names: Vec<&str> = wanted.iter().map(|attachment| attachment.symbol).collect();
-        let places = elf.symbols(&names)?;
-        for (attachment, place) in wanted.iter().zip(places) {
-            let place = elf.probe_place(attachment.symbol, place)?;
-            probes.attach_one(process, attachment, place, scope)?;
-        }
-        Ok(probes)
+        Ok(Self { ebpf, ring, counters, logger: logger.ok(), attached: Vec::new() })
     }
 
     fn attach_one(

@@ -1,8 +1,9 @@
 //! The running mysqld: which process it is, its program file and its data directory, wherever it is mounted or chrooted.
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
@@ -59,6 +60,26 @@ fn list(pids: &[i32]) -> String {
     pids.iter().map(i32::to_string).collect::<Vec<_>>().join(", ")
 }
 
+/// Which processes are meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// Every mysqld, in whatever container.
+    All,
+    /// The process with this PID, whatever it is called.
+    One(i32),
+    /// Every mysqld that this process started.
+    ChildrenOf(i32),
+}
+
+/// A process and none that gets its PID later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ProcessKey {
+    /// Its PID.
+    pub pid: i32,
+    /// When it started, in clock ticks since boot.
+    pub start_time: u64,
+}
+
 /// A running mysqld.
 #[derive(Debug)]
 pub struct MysqldProcess {
@@ -70,31 +91,50 @@ pub struct MysqldProcess {
 }
 
 impl MysqldProcess {
-    /// The process that is named, or the only mysqld there is. Threads and forked children that still carry the name of their
-    /// parent are not counted.
+    /// The process that is named, or the only mysqld there is.
     ///
     /// # Errors
     /// [`ProcessError`] when there is none or more than one.
     pub fn find(pid: Option<i32>) -> Result<Self, ProcessError> {
-        if let Some(pid) = pid {
-            return Self::open(pid);
+        let mut found = Self::all(pid.map_or(Choice::All, Choice::One))?;
+        match found.len() {
+            0 => Err(ProcessError::None),
+            1 => found.pop().ok_or(ProcessError::None),
+            _ => Err(ProcessError::Several { pids: found.iter().map(|process| process.pid).collect() }),
+        }
+    }
+
+    /// All that are chosen, by PID. Threads and forked children that still carry the name of their parent are not counted.
+    ///
+    /// # Errors
+    /// [`ProcessError`] when processes cannot be listed, or the one that is named is not there.
+    pub fn all(choice: Choice) -> Result<Vec<Self>, ProcessError> {
+        if let Choice::One(pid) = choice {
+            return Self::open(pid).map(|process| vec![process]);
         }
         let mut found: Vec<(i32, i32)> = Vec::new();
         for process in all_processes().map_err(ProcessError::List)? {
             // A process that ends while the list is read is none.
-            let Ok(stat) = process.and_then(|process| process.stat()) else { continue };
-            if stat.comm == COMM && stat.state != 'Z' {
+            let Ok(process) = process else { continue };
+            // Nearly all are called otherwise, and this is a tenth of what their whole state takes to read.
+            let named = fs::read(format!("/proc/{}/comm", process.pid));
+            if !named.is_ok_and(|name| name.trim_ascii_end() == COMM.as_bytes()) {
+                continue;
+            }
+            let Ok(stat) = process.stat() else { continue };
+            if stat.state != 'Z' {
                 found.push((stat.pid, stat.ppid));
             }
         }
         let all: HashSet<i32> = found.iter().map(|(pid, _)| *pid).collect();
-        let pids: Vec<i32> =
-            found.iter().filter(|(_, parent)| !all.contains(parent)).map(|(pid, _)| *pid).collect();
-        match pids[..] {
-            [] => Err(ProcessError::None),
-            [pid] => Self::open(pid),
-            _ => Err(ProcessError::Several { pids }),
-        }
+        let chosen = found.iter().filter(|(_, parent)| match choice {
+            Choice::ChildrenOf(wanted) => *parent == wanted,
+            Choice::All | Choice::One(_) => !all.contains(parent),
+        });
+        // One that has ended meanwhile is none.
+        let mut processes: Vec<Self> = chosen.filter_map(|(pid, _)| Self::open(*pid).ok()).collect();
+        processes.sort_by_key(|process| process.pid);
+        Ok(processes)
     }
 
     fn open(pid: i32) -> Result<Self, ProcessError> {
@@ -102,6 +142,32 @@ impl MysqldProcess {
         let process = Process::new(pid).map_err(failed)?;
         let start_time = process.stat().map_err(failed)?.starttime;
         Ok(Self { pid, start_time, process })
+    }
+
+    /// What names it for good: a PID is given anew to others.
+    pub fn key(&self) -> ProcessKey {
+        ProcessKey { pid: self.pid, start_time: self.start_time }
+    }
+
+    /// Whether it still runs; one that is dead and waits for its parent does not.
+    pub fn is_alive(&self) -> bool {
+        let stat = Process::new(self.pid).and_then(|process| process.stat());
+        stat.is_ok_and(|stat| stat.starttime == self.start_time && !matches!(stat.state, 'Z' | 'X'))
+    }
+
+    /// A descriptor that becomes readable when it ends.
+    ///
+    /// # Errors
+    /// When it is gone, or the kernel is older than 5.3.
+    pub fn end_fd(&self) -> io::Result<OwnedFd> {
+        // SAFETY: a plain system call with integers.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.pid, 0) };
+        let fd = RawFd::try_from(fd).unwrap_or(-1);
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: the kernel has just handed out this descriptor, to nobody else.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// Path through which its program can be opened even when it lies in another root or was replaced.
@@ -167,6 +233,8 @@ mod tests {
         assert!(me.load_address().is_ok());
         assert!(me.most_frames().unwrap() > 0);
         assert!(me.exe().is_ok());
+        assert!(me.is_alive());
+        assert!(!MysqldProcess { start_time: me.start_time + 1, ..me }.is_alive(), "another with its PID");
     }
 
     #[test]

@@ -6,11 +6,13 @@ use enlightenment::Vdev;
 use serde::Serialize;
 
 use crate::control_blocks::BlocksError;
+use crate::coverage::{TableCoverage, by_table};
 use crate::disk::{DiskPlace, Disks};
 use crate::frame_table::FrameCounts;
 use crate::lists::ListSummary;
 use crate::session::{Server, SessionError};
 use crate::spaces::Spaces;
+use crate::status::write_coverage;
 use crate::storage_map::{DiskRule, StorageMap};
 
 /// A tablespace's file.
@@ -41,6 +43,8 @@ pub struct Report {
     pub frames: FrameCounts,
     /// What would be listed, whatever disk it lies on.
     pub lists: ListSummary,
+    /// The same by table, those with the most frames first.
+    pub tables: Vec<TableCoverage>,
     /// Files by tablespace.
     pub spaces: Vec<SpaceReport>,
 }
@@ -76,6 +80,7 @@ pub fn report(pid: Option<i32>) -> Result<Report, SessionError> {
         mysqld_package: server.build.package.clone(),
         mysqld_build_id: server.build.build_id.clone(),
         frames: table.counts(),
+        tables: by_table(server.process.pid, &lists, &spaces),
         lists,
         spaces: files,
     })
@@ -92,9 +97,7 @@ impl fmt::Display for Report {
             "as on disk  {} read and {} written frames of {} clean ones, {} guest pages in {} runs",
             lists.frames_read, lists.frames_written, lists.pool_frames_clean, lists.pages, lists.runs
         )?;
-        for (reason, count) in &lists.left_out {
-            writeln!(f, "left out    {count} frames: {}", reason.words())?;
-        }
+        write_coverage(f, lists, &self.tables)?;
         for file in &self.spaces {
             let place = match &file.disk {
                 Some(disk) => format!("{} from byte {}", disk.name, disk.start),

@@ -9,11 +9,12 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
-use enlightenment::device::{Publish, UserRun};
+use enlightenment::device::UserRun;
 use thiserror::Error;
 
 use crate::catalogue::{Build, Catalogue, CatalogueError};
 use crate::control_blocks::{BlocksError, ControlBlocks, PoolVariables, SpacesInMemory};
+use crate::coverage::{TableCoverage, by_table};
 use crate::device::{Device, DeviceError, Translated};
 use crate::disk::Disks;
 use crate::elf::{Elf, ElfError};
@@ -25,7 +26,6 @@ use crate::memory::ProcessMemory;
 use crate::probes::{ProbeError, Probes, RING_BYTES};
 use crate::process::{MysqldProcess, ProcessError};
 use crate::spaces::Spaces;
-use crate::status::Answer;
 use crate::storage_map::{DiskRule, StorageMap};
 use crate::wrong_hints::WrongHints;
 
@@ -33,6 +33,8 @@ use crate::wrong_hints::WrongHints;
 const GRACE: Duration = Duration::from_millis(20);
 /// How often a snapshot is taken anew because events were lost meanwhile; the rest is for the next time.
 const SNAPSHOTS_AT_ONCE: u32 = 3;
+/// Many frames differ when more than one of so many clean ones does: under load it is one of thousands.
+const MANY_DIFFER: u64 = 100;
 /// A pool that is changing its shape is looked at again after this time at the earliest.
 const BETWEEN_SNAPSHOTS: Duration = Duration::from_secs(2);
 
@@ -54,6 +56,13 @@ pub enum SessionError {
     Device(#[from] DeviceError),
     #[error("cannot list the open files of mysqld: {0}")]
     Spaces(io::Error),
+}
+
+impl SessionError {
+    /// Whether trying again with the same process is in vain: its program will not change.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Elf(_) | Self::Catalogue(_))
+    }
 }
 
 impl<E: Into<SessionError>> From<ListError<E>> for SessionError {
@@ -84,7 +93,14 @@ impl Server {
     /// # Errors
     /// [`SessionError`] when there is none, several, or none that is known.
     pub fn find(pid: Option<i32>) -> Result<Self, SessionError> {
-        let process = MysqldProcess::find(pid)?;
+        Self::open(MysqldProcess::find(pid)?)
+    }
+
+    /// Learns the build of a mysqld.
+    ///
+    /// # Errors
+    /// [`SessionError`] when it is none that is known.
+    pub fn open(process: MysqldProcess) -> Result<Self, SessionError> {
         let exe = process.exe()?;
         let elf = Elf::parse(&exe)?;
         let build = Catalogue::built_in()?.find(&elf.build_id()?)?.clone();
@@ -179,12 +195,21 @@ pub struct Session {
 }
 
 impl Session {
-    /// Attaches to a running mysqld and reads its pool.
+    /// Attaches to the mysqld that is named, or the only one, and reads its pool.
     ///
     /// # Errors
     /// [`SessionError`]; then nothing stays attached.
     pub fn start(options: &Options) -> Result<Self, SessionError> {
-        let server = Server::find(options.pid)?;
+        Self::attach(Server::find(options.pid)?, options)
+    }
+
+    /// Attaches to a running mysqld and reads its pool.
+    ///
+    /// # Errors
+    /// [`SessionError`]; then nothing stays attached.
+    pub fn attach(server: Server, options: &Options) -> Result<Self, SessionError> {
+        // A server that is just starting has no pool yet: then no probe is worth its while.
+        server.control_blocks()?.chunks()?;
         let probes = server.attach(options.ring_bytes)?;
         let spaces = Spaces::scan(&server.process).map_err(SessionError::Spaces)?;
         let mut session = Self {
@@ -240,6 +265,15 @@ impl Session {
         Ok(())
     }
 
+    /// Reads the pool anew, whether or not anything asks for it.
+    ///
+    /// # Errors
+    /// [`SessionError`] when the process is gone.
+    pub fn snapshot_anew(&mut self) -> Result<(), SessionError> {
+        self.snapshot()?;
+        self.drain()
+    }
+
     /// Builds lists as things are now and hands them to `sink`.
     ///
     /// # Errors
@@ -263,13 +297,15 @@ impl Session {
         Ok(summary)
     }
 
-    /// Publishes lists as things are now, as the answer to a request.
+    /// Adds lists as things are now to a generation of the device.
     ///
     /// # Errors
-    /// [`SessionError`]; then what was published before stays.
-    pub fn publish(&mut self, device: &mut impl Device, answers: u64) -> Result<Answer, SessionError> {
-        let start = Instant::now();
-        let generation = device.begin()?;
+    /// [`SessionError`]; the generation then has a part of them and is to be begun anew.
+    pub fn add_lists(
+        &mut self,
+        device: &mut impl Device,
+        generation: u64,
+    ) -> Result<(ListSummary, Translated), SessionError> {
         let pid = self.server.process.pid;
         let mut translated = Translated::default();
         let lists = self.lists(|runs| {
@@ -278,22 +314,20 @@ impl Session {
             translated.unmapped += added.unmapped;
             Ok::<(), DeviceError>(())
         })?;
-        device.publish(&Publish {
-            generation,
-            answers,
-            frames_read: lists.frames_read,
-            frames_written: lists.frames_written,
-            pool_frames_clean: lists.pool_frames_clean,
-            pool_frames: lists.pool_frames,
-        })?;
-        Ok(Answer {
-            sequence: answers,
-            generation,
-            pages_listed: translated.listed,
-            pages_unmapped: translated.unmapped,
-            milliseconds: start.elapsed().as_millis() as u64,
-            lists,
-        })
+        Ok((lists, translated))
+    }
+
+    /// Whether lists that are built once more would have notably more than these, just built: a file was found under no name that is
+    /// known, or many frames have other pages than the table says, as when a pool that shrinks moves pages without any event. What heals
+    /// that (a scan, a snapshot) is done before the next lists anyway.
+    pub fn would_list_more(&self, lists: &ListSummary) -> bool {
+        let differ = lists.left_out.get(&LeftOut::TableDiffers).copied().unwrap_or_default();
+        self.wants_scan || differ * MANY_DIFFER > lists.pool_frames_clean
+    }
+
+    /// What of each table is in these lists.
+    pub fn by_table(&self, lists: &ListSummary) -> Vec<TableCoverage> {
+        by_table(self.server.process.pid, lists, &self.spaces)
     }
 
     /// The server.

@@ -10,6 +10,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::config::Mode;
+use crate::coverage::TableCoverage;
 use crate::frame_table::FrameCounts;
 use crate::lists::ListSummary;
 use crate::statistics::ProgramStatistics;
@@ -23,32 +25,66 @@ const LONGEST_ANSWER: u64 = 16 << 20;
 /// A running probe's state.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// The mysqld that is probed.
-    pub mysqld_pid: i32,
-    /// The package of its build.
-    pub mysqld_package: String,
-    /// Frames as the table has them.
-    pub frames: FrameCounts,
-    /// Events by kind.
-    pub events: BTreeMap<String, u64>,
-    /// Events that did not arrive.
-    pub events_lost: u64,
-    /// Snapshots that were taken.
-    pub snapshots: u64,
-    /// Milliseconds that the last one took.
-    pub snapshot_milliseconds: u64,
+    /// Version of guest-probe.
+    pub version: String,
+    /// When probes are in place.
+    pub mode: Mode,
+    /// Servers that are probed at this moment.
+    pub servers: Vec<ServerStatus>,
+    /// Servers that are to be probed and cannot be.
+    pub refused: Vec<RefusedStatus>,
+    /// Seconds since dom0's last request; none when there was none.
+    pub seconds_since_request: Option<u64>,
     /// Requests that were answered.
     pub answers: u64,
     /// The last answer.
     pub last_answer: Option<Answer>,
-    /// What the last request failed of.
+    /// Whether what it published still is.
+    pub published: bool,
+    /// What failed last.
     pub last_error: Option<String>,
-    /// What the eBPF programs cost so far; zeros unless `run --statistics` was said.
-    pub programs: Vec<ProgramStatistics>,
     /// Peak memory of the probe itself, in bytes.
     pub peak_memory_bytes: u64,
     /// Hints made wrong on purpose (`run --wrong-hints`).
     pub hints_made_wrong: u64,
+}
+
+/// A server that is probed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ServerStatus {
+    /// The process.
+    pub mysqld_pid: i32,
+    /// The package of its build.
+    pub mysqld_package: String,
+    /// Its build id.
+    pub mysqld_build_id: String,
+    /// Probes in it.
+    pub probes: u64,
+    /// Frames as the table has them.
+    pub frames: FrameCounts,
+    /// Events by kind.
+    pub events: BTreeMap<String, u64>,
+    /// Events for which the ring buffer had no room: each time a new snapshot is taken.
+    pub events_lost: u64,
+    /// Events whose control block could not be read; as above.
+    pub events_unreadable: u64,
+    /// Snapshots that were taken.
+    pub snapshots: u64,
+    /// Milliseconds that the last one took.
+    pub snapshot_milliseconds: u64,
+    /// What the eBPF programs cost so far; none unless the kernel counts (`statistics`).
+    pub programs: Vec<ProgramStatistics>,
+}
+
+/// A server that is not probed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedStatus {
+    /// The process.
+    pub mysqld_pid: i32,
+    /// Why not.
+    pub why: String,
+    /// Whether it stays so for as long as this process runs.
+    pub is_final: bool,
 }
 
 /// An answered request.
@@ -58,6 +94,10 @@ pub struct Answer {
     pub sequence: u64,
     /// The generation that answers it.
     pub generation: u64,
+    /// Servers whose frames are in it.
+    pub servers: u64,
+    /// Servers that could not be read at that moment, by PID, with the reason.
+    pub left_out: BTreeMap<i32, String>,
     /// Guest pages that the module listed.
     pub pages_listed: u64,
     /// Guest pages that it could not translate.
@@ -66,48 +106,114 @@ pub struct Answer {
     pub milliseconds: u64,
     /// What became of the frames.
     pub lists: ListSummary,
+    /// The same by table, those with the most frames first.
+    pub tables: Vec<TableCoverage>,
 }
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "mysqld      process {}, {}", self.mysqld_pid, self.mysqld_package)?;
-        let FrameCounts { free, read, written, dirty } = self.frames;
-        writeln!(f, "frames      {read} read, {written} written and flushed, {dirty} dirty, {free} free")?;
-        let events: Vec<_> = self.events.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
-        writeln!(f, "events      {}; {} lost", events.join(", "), self.events_lost)?;
-        writeln!(f, "snapshots   {}, the last in {} ms", self.snapshots, self.snapshot_milliseconds)?;
+        match (self.mode, self.servers.len()) {
+            (Mode::OnDemand, 0) => writeln!(f, "mode        on demand: nothing is attached")?,
+            (Mode::OnDemand, count) => writeln!(f, "mode        on demand: {count} mysqld attached")?,
+            (Mode::Resident, count) => writeln!(f, "mode        resident: {count} mysqld attached")?,
+        }
+        for server in &self.servers {
+            write!(f, "{server}")?;
+        }
+        for refused in &self.refused {
+            let yet = if refused.is_final { "" } else { " yet" };
+            writeln!(f, "not probed  process {}{yet}: {}", refused.mysqld_pid, refused.why)?;
+        }
         match &self.last_answer {
             None => writeln!(f, "published   nothing yet")?,
             Some(answer) => {
-                let lists = &answer.lists;
-                writeln!(
-                    f,
-                    "published   generation {} for request {}: {} read and {} written frames of {} clean ones, {} guest pages, in {} ms",
-                    answer.generation,
-                    answer.sequence,
-                    lists.frames_read,
-                    lists.frames_written,
-                    lists.pool_frames_clean,
-                    answer.pages_listed,
-                    answer.milliseconds,
-                )?;
-                for (reason, count) in &lists.left_out {
-                    writeln!(f, "left out    {count} frames: {}", reason.words())?;
+                let withdrawn = if self.published { "" } else { " (withdrawn since)" };
+                write!(f, "published   {answer}")?;
+                writeln!(f, "{withdrawn}")?;
+                write_coverage(f, &answer.lists, &answer.tables)?;
+                for (pid, why) in &answer.left_out {
+                    writeln!(f, "left out    process {pid}: {why}")?;
                 }
             }
         }
         if let Some(error) = &self.last_error {
             writeln!(f, "last error  {error}")?;
         }
-        for program in self.programs.iter().filter(|program| program.runs > 0) {
-            let each = program.nanoseconds / program.runs;
-            writeln!(f, "program     {}: {} runs, {each} ns each", program.name, program.runs)?;
-        }
         if self.hints_made_wrong > 0 {
             writeln!(f, "TEST AID    {} hints made wrong on purpose", self.hints_made_wrong)?;
         }
         write!(f, "memory      {} KiB at most", self.peak_memory_bytes / 1024)
     }
+}
+
+impl fmt::Display for ServerStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { mysqld_pid, mysqld_package, probes, .. } = self;
+        writeln!(f, "mysqld      process {mysqld_pid}, {mysqld_package}, {probes} probes")?;
+        let FrameCounts { free, read, written, dirty } = self.frames;
+        writeln!(f, "  frames    {read} read, {written} written and flushed, {dirty} dirty, {free} free")?;
+        let events: Vec<_> = self.events.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+        let events = if events.is_empty() { "none".to_owned() } else { events.join(", ") };
+        writeln!(
+            f,
+            "  events    {events}; {} lost, {} unreadable",
+            self.events_lost, self.events_unreadable
+        )?;
+        writeln!(f, "  snapshots {}, the last in {} ms", self.snapshots, self.snapshot_milliseconds)?;
+        for program in self.programs.iter().filter(|program| program.runs > 0) {
+            let each = program.nanoseconds / program.runs;
+            writeln!(f, "  program   {}: {} runs, {each} ns each", program.name, program.runs)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Answer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lists = &self.lists;
+        write!(
+            f,
+            "generation {} for request {}: {} read and {} written frames of {} clean ones ({}), {} guest pages, in {} ms",
+            self.generation,
+            self.sequence,
+            lists.frames_read,
+            lists.frames_written,
+            lists.pool_frames_clean,
+            percent(lists.frames_read + lists.frames_written, lists.pool_frames_clean),
+            self.pages_listed,
+            self.milliseconds,
+        )
+    }
+}
+
+/// Writes the frames that are left out by reason, and how many of each table are listed.
+pub fn write_coverage(
+    f: &mut fmt::Formatter<'_>,
+    lists: &ListSummary,
+    tables: &[TableCoverage],
+) -> fmt::Result {
+    for (reason, count) in &lists.left_out {
+        writeln!(f, "left out    {count} frames: {}", reason.words())?;
+    }
+    if !tables.is_empty() {
+        writeln!(f, "tables      {:>10} {:>10} {:>10} {:>7}", "read", "written", "left out", "listed")?;
+    }
+    for TableCoverage { table, coverage, .. } in tables {
+        let listed = coverage.frames_read + coverage.frames_written;
+        writeln!(
+            f,
+            "            {:>10} {:>10} {:>10} {:>7} {table}",
+            coverage.frames_read,
+            coverage.frames_written,
+            coverage.left_out,
+            percent(listed, coverage.frames())
+        )?;
+    }
+    Ok(())
+}
+
+fn percent(part: u64, whole: u64) -> String {
+    if whole == 0 { "-".to_owned() } else { format!("{:.1} %", part as f64 * 100.0 / whole as f64) }
 }
 
 /// Why there is no status.
@@ -157,16 +263,24 @@ mod tests {
     #[test]
     fn a_status_survives_the_socket() {
         let lists = ListSummary { left_out: [(LeftOut::Dirty, 3)].into(), ..ListSummary::default() };
-        let status = Status {
+        let tables = vec![TableCoverage { pid: 7, table: "a/b".into(), ..TableCoverage::default() }];
+        let server = ServerStatus {
             mysqld_pid: 7,
-            last_answer: Some(Answer { lists, ..Answer::default() }),
             events: [("free".to_owned(), 2)].into(),
+            ..ServerStatus::default()
+        };
+        let status = Status {
+            servers: vec![server],
+            last_answer: Some(Answer { lists, tables, ..Answer::default() }),
             ..Status::default()
         };
         let json = serde_json::to_vec(&status).unwrap();
         assert_eq!(serde_json::from_slice::<Status>(&json).unwrap(), status);
         let words = status.to_string();
-        assert!(words.contains("process 7") && words.contains("3 frames: dirty"), "{words}");
+        assert!(
+            words.contains("process 7") && words.contains("a/b") && words.contains("3 frames: dirty"),
+            "{words}"
+        );
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! A device in the kernel module's place: remembers what was published, hands out the requests of a test.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
@@ -14,15 +14,15 @@ use guest_probe::device::{Device, DeviceError, Translated};
 pub struct Published {
     /// Generations begun so far.
     pub generation: u64,
-    /// The runs that were published last.
+    /// The runs that were published last, of all processes.
     pub runs: Vec<UserRun>,
+    /// The same by process.
+    pub by_process: BTreeMap<i32, Vec<UserRun>>,
     /// With what.
     pub publish: Option<Publish>,
-    /// The process that they are of.
-    pub pid: i32,
     /// How often they were withdrawn.
     pub withdrawn: u64,
-    adding: Vec<UserRun>,
+    adding: BTreeMap<i32, Vec<UserRun>>,
     requests: VecDeque<Request>,
 }
 
@@ -96,8 +96,7 @@ impl Device for FakeDevice {
             if generation != state.generation {
                 return Err(stale());
             }
-            state.pid = pid;
-            state.adding.extend_from_slice(runs);
+            state.adding.entry(pid).or_default().extend_from_slice(runs);
             let listed = runs.iter().map(|run| u64::from(run.pages)).sum();
             Ok(Translated { listed, unmapped: 0 })
         })
@@ -108,7 +107,8 @@ impl Device for FakeDevice {
             if publish.generation != state.generation {
                 return Err(stale());
             }
-            state.runs = std::mem::take(&mut state.adding);
+            state.by_process = std::mem::take(&mut state.adding);
+            state.runs = state.by_process.values().flatten().copied().collect();
             state.publish = Some(*publish);
             Ok(())
         })
@@ -117,6 +117,7 @@ impl Device for FakeDevice {
     fn withdraw(&mut self) -> Result<(), DeviceError> {
         self.with(|state| {
             state.runs.clear();
+            state.by_process.clear();
             state.publish = None;
             state.withdrawn += 1;
         });

@@ -7,5 +7,8 @@
 
 pub mod disk;
 pub mod fake_device;
+pub mod kernel;
+pub mod listed;
+pub mod running;
 pub mod server;
 pub mod truth;

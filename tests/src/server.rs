@@ -9,12 +9,13 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::sleep;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
@@ -28,6 +29,8 @@ const TABLES: &str = "--tables=4";
 const ROWS: &str = "--table-size=200000";
 /// Raised when the image is filled in another way.
 const TEMPLATE: u32 = 1;
+/// The server's path in its root.
+const MYSQLD: &str = "/usr/sbin/mysqld";
 /// Generous: these machines are slow and shared.
 const PATIENCE: Duration = Duration::from_secs(600);
 
@@ -38,11 +41,14 @@ static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 pub struct Server {
     // Dropped in this order: the server ends before its disk goes, and the next one starts last.
     child: Child,
+    /// Holds the thread whose children live in a PID namespace of their own; it ends after the server.
+    _namespace: Option<Namespace>,
     /// The disk that its data directory lies on.
     pub disk: Disk,
     place: Place,
     _dir: TempDir,
-    _turn: MutexGuard<'static, ()>,
+    /// None of a server that runs beside another one, which has it.
+    _turn: Option<MutexGuard<'static, ()>>,
 }
 
 /// Where a server and its clients live.
@@ -62,16 +68,106 @@ impl Server {
     /// When `POOLSKIP_MYSQL_ROOT` is not set, this is not root, or the server does not come up.
     pub fn start(more_args: &[&str]) -> Result<Self> {
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::start_in(Some(turn), false, more_args)
+    }
+
+    /// Starts a server like [`Server::start`] in a PID namespace of its own, where it is process 1.
+    ///
+    /// # Errors
+    /// Those of [`Server::start`].
+    pub fn start_contained(more_args: &[&str]) -> Result<Self> {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::start_in(Some(turn), true, more_args)
+    }
+
+    /// Starts another server beside this one, on a disk of its own.
+    ///
+    /// # Errors
+    /// Those of [`Server::start`].
+    pub fn start_beside(&self, more_args: &[&str]) -> Result<Self> {
+        Self::start_in(None, false, more_args)
+    }
+
+    fn start_in(turn: Option<MutexGuard<'static, ()>>, contained: bool, more_args: &[&str]) -> Result<Self> {
         let template = template()?;
         let dir = tempfile::Builder::new().prefix("poolskip-test-").tempdir()?;
         let image = dir.path().join("disk.img");
         run(Command::new("cp").args(["--sparse=always", "--reflink=auto"]).arg(template).arg(&image))?;
         let disk = Disk::attach(&image)?;
         let place = Place::new(dir.path())?;
-        let child = place.mysqld(&disk, more_args)?.spawn()?;
-        let mut server = Self { child, disk, place, _dir: dir, _turn: turn };
+        let mut mysqld = place.mysqld(MYSQLD, &disk, more_args)?;
+        let (child, namespace) = if contained {
+            let (child, namespace) = Namespace::spawn(mysqld)?;
+            (child, Some(namespace))
+        } else {
+            (mysqld.spawn()?, None)
+        };
+        let mut server = Self { child, _namespace: namespace, disk, place, _dir: dir, _turn: turn };
         server.wait_until_up()?;
         Ok(server)
+    }
+
+    /// Starts it anew on the same data once it has ended; `program` is its path in its root, or none for the one it began with.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn start_again(&mut self, program: Option<&str>, more_args: &[&str]) -> Result<()> {
+        self.child.wait()?;
+        // The partition is free once the dead server's mounts are gone.
+        let _ = fs::remove_file(self.place.run_dir.join("s.sock"));
+        self.child = self.place.mysqld(program.unwrap_or(MYSQLD), &self.disk, more_args)?.spawn()?;
+        self.wait_until_up()
+    }
+
+    /// Ends it as an administrator would.
+    ///
+    /// # Errors
+    /// With the server's words.
+    pub fn shut_down(&mut self) -> Result<()> {
+        self.sql("SHUTDOWN")?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Puts a copy of its program where its root has `/run/mysqld/mysqld`, with each of these byte strings replaced, all of the same
+    /// length as before; returns that path.
+    ///
+    /// # Errors
+    /// When one of them is not in the program.
+    pub fn copy_of_program(&self, replaced: &[(&[u8], &[u8])]) -> Result<&'static str> {
+        use std::os::unix::fs::PermissionsExt;
+        let mut bytes = fs::read(self.place.root.join(MYSQLD.trim_start_matches('/')))?;
+        for (from, to) in replaced {
+            ensure!(from.len() == to.len(), "another length");
+            let mut found = 0;
+            let mut at = 0;
+            while let Some(next) = find(&bytes[at..], from) {
+                bytes[at + next..][..to.len()].copy_from_slice(to);
+                at += next + to.len();
+                found += 1;
+            }
+            ensure!(found > 0, "{:?} is not in mysqld", String::from_utf8_lossy(from));
+        }
+        let copy = self.place.run_dir.join("mysqld");
+        fs::write(&copy, bytes)?;
+        fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+        Ok("/run/mysqld/mysqld")
+    }
+
+    /// The directory that is `/run/mysqld` in its root.
+    pub fn run_dir(&self) -> &Path {
+        &self.place.run_dir
+    }
+
+    /// Runs one of sysbench's workloads on its four tables for some seconds; how many transactions a second it made.
+    ///
+    /// # Errors
+    /// When it fails or says nothing that can be read.
+    pub fn transactions_per_second(&self, workload: &str, threads: u32, seconds: u32) -> Result<f64> {
+        let mut sysbench = self.place.sysbench(workload)?;
+        sysbench.args([&format!("--threads={threads}"), &format!("--time={seconds}")]);
+        let words = run(sysbench.args(["--rand-type=uniform", "run"]))?;
+        transactions(&words).with_context(|| format!("sysbench says no number of transactions:\n{words}"))
     }
 
     /// Its PID.
@@ -100,8 +196,9 @@ impl Server {
     /// # Errors
     /// When it does not start.
     pub fn load(&self, threads: u32) -> Result<Load> {
-        let mut sysbench = self.place.sysbench()?;
-        sysbench.args([&format!("--threads={threads}"), "--time=600", "--rand-type=uniform", "run"]);
+        let mut sysbench = self.place.sysbench("oltp_read_write")?;
+        // Errors of statements on tables that a test drops are the test's own; it ends with what is returned.
+        sysbench.args([&format!("--threads={threads}"), "--time=7200", "--rand-type=uniform", "run"]);
         sysbench.stdout(Stdio::null()).stderr(Stdio::null());
         Ok(Load { child: sysbench.spawn()? })
     }
@@ -184,6 +281,53 @@ impl Drop for Stopped {
     }
 }
 
+/// A thread whose children live in a PID namespace of their own. The namespace ends with its first process; the thread stays for
+/// as long as that runs, since the process dies with the thread that started it.
+struct Namespace {
+    end: Option<mpsc::Sender<()>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Namespace {
+    fn spawn(mut command: Command) -> Result<(Child, Self)> {
+        let (child_to, child_from) = mpsc::channel();
+        let (end, ended) = mpsc::channel::<()>();
+        let thread = thread::spawn(move || {
+            let spawned = unshare(CloneFlags::CLONE_NEWPID).map_err(io::Error::from);
+            let _ = child_to.send(spawned.and_then(|()| command.spawn()));
+            // Until the sender is dropped.
+            let _ = ended.recv();
+        });
+        let child = child_from.recv().map_err(|_| anyhow!("the thread that starts mysqld has ended"))??;
+        Ok((child, Self { end: Some(end), thread: Some(thread) }))
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        let _ = self.thread.take().map(thread::JoinHandle::join);
+    }
+}
+
+/// The rate in sysbench's line `transactions: 123 (45.6 per sec.)`.
+fn transactions(words: &str) -> Option<f64> {
+    let line = words.lines().find_map(|line| line.trim().strip_prefix("transactions:"))?;
+    line.split('(').nth(1)?.split(' ').next()?.parse().ok()
+}
+
+fn find(bytes: &[u8], wanted: &[u8]) -> Option<usize> {
+    let first = *wanted.first()?;
+    let mut at = 0;
+    while let Some(next) = bytes[at..].iter().position(|byte| *byte == first) {
+        if bytes[at + next..].starts_with(wanted) {
+            return Some(at + next);
+        }
+        at += next + 1;
+    }
+    None
+}
+
 /// Waits until something holds.
 ///
 /// # Errors
@@ -210,8 +354,8 @@ impl Place {
         Ok(Self { root: PathBuf::from(root), run_dir, tmp_dir })
     }
 
-    fn mysqld(&self, disk: &Disk, more_args: &[&str]) -> Result<Command> {
-        let mut mysqld = self.program("/usr/sbin/mysqld", Some(disk))?;
+    fn mysqld(&self, program: &str, disk: &Disk, more_args: &[&str]) -> Result<Command> {
+        let mut mysqld = self.program(program, Some(disk))?;
         mysqld.args([
             "--no-defaults",
             "--user=root",
@@ -234,9 +378,9 @@ impl Place {
         Ok(mysqld)
     }
 
-    fn sysbench(&self) -> Result<Command> {
+    fn sysbench(&self, workload: &str) -> Result<Command> {
         let mut sysbench = self.program("/usr/bin/sysbench", None)?;
-        sysbench.args(["oltp_read_write", "--mysql-socket=/run/mysqld/s.sock", "--mysql-user=root"]);
+        sysbench.args([workload, "--mysql-socket=/run/mysqld/s.sock", "--mysql-user=root"]);
         sysbench.args(["--mysql-db=sbtest", TABLES, ROWS]);
         Ok(sysbench)
     }
@@ -321,11 +465,11 @@ fn template() -> Result<PathBuf> {
 fn fill(disk: Disk, dir: &Path) -> Result<()> {
     let dir = tempfile::Builder::new().prefix("fill-").tempdir_in(dir)?;
     let place = Place::new(dir.path())?;
-    let status = place.mysqld(&disk, &["--initialize-insecure"])?.status()?;
+    let status = place.mysqld(MYSQLD, &disk, &["--initialize-insecure"])?.status()?;
     if !status.success() {
         bail!("mysqld --initialize-insecure ended with {status}:\n{}", place.log());
     }
-    let child = place.mysqld(&disk, &["--innodb-buffer-pool-size=512M"])?.spawn()?;
+    let child = place.mysqld(MYSQLD, &disk, &["--innodb-buffer-pool-size=512M"])?.spawn()?;
     let mut server = FillingServer { child };
     wait_for("the new server", || {
         if let Some(status) = server.child.try_wait()? {
@@ -339,7 +483,7 @@ fn fill(disk: Disk, dir: &Path) -> Result<()> {
         "--socket=/run/mysqld/s.sock",
         "--execute=CREATE DATABASE sbtest",
     ]))?;
-    run(place.sysbench()?.args(["--threads=2", "prepare"]))?;
+    run(place.sysbench("oltp_read_write")?.args(["--threads=2", "prepare"]))?;
     run(place.program("/usr/bin/mysql", None)?.args([
         "--no-defaults",
         "--user=root",

@@ -58,7 +58,7 @@ impl Memory {
         let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
         let load_address = maps
             .lines()
-            .filter(|line| line.ends_with("/usr/sbin/mysqld"))
+            .filter(|line| line.ends_with("/mysqld") || line.ends_with("/mysqld (deleted)"))
             .filter_map(|line| u64::from_str_radix(line.split('-').next()?, 16).ok())
             .min()
             .context("mysqld maps no mysqld")?;

@@ -4,47 +4,15 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use enlightenment::device::UserRun;
-use guest_probe::control_blocks::BlocksError;
 use guest_probe::left_out::LeftOut;
-use guest_probe::lists::ListSummary;
 use guest_probe::session::{Options, Session};
 use guest_probe::storage_map::DiskRule;
+use tests::listed::{GUEST_PAGE, compare, lists};
 use tests::server::{Server, wait_for};
 use tests::truth::{Memory, PAGE};
 
-/// Bytes in a guest page.
-const GUEST_PAGE: usize = 4096;
-
 fn start(server: &Server, rule: DiskRule) -> Result<Session> {
     Ok(Session::start(&Options { pid: Some(server.pid()), rule, ..Options::default() })?)
-}
-
-fn lists(session: &mut Session) -> Result<(Vec<UserRun>, ListSummary)> {
-    let mut runs = Vec::new();
-    let summary = session.lists(|piece| {
-        runs.extend_from_slice(piece);
-        Ok::<(), BlocksError>(())
-    })?;
-    Ok((runs, summary))
-}
-
-/// Compares all guest pages of the runs with the disk; returns how many there are. The server is stopped meanwhile.
-fn compare(runs: &[UserRun], server: &Server, memory: &Memory) -> Result<u64> {
-    let (major, minor) = server.disk.number()?;
-    let mut pages = 0;
-    for run in runs {
-        ensure!(run.vdev == major << 20 | minor, "run {run:?} is on another disk");
-        let length = usize::from(run.pages) * GUEST_PAGE;
-        let in_memory = memory.read(run.address, length)?;
-        let on_disk = server.disk.read(run.disk_offset, length)?;
-        for (index, (left, right)) in in_memory.chunks(GUEST_PAGE).zip(on_disk.chunks(GUEST_PAGE)).enumerate()
-        {
-            ensure!(left == right, "guest page {index} of {run:?} differs from the disk");
-        }
-        pages += u64::from(run.pages);
-    }
-    Ok(pages)
 }
 
 #[test]
@@ -60,7 +28,7 @@ fn listed_pages_are_what_lies_on_the_disk() -> Result<()> {
         session.update()?;
         let stopped = server.stop()?;
         let (runs, summary) = lists(&mut session)?;
-        let compared = compare(&runs, &server, &memory)?;
+        let compared = compare(&runs, &server.disk, &memory)?;
         ensure!(compared == summary.pages, "{compared} pages in runs, {} counted", summary.pages);
         ensure!(runs.len() as u64 == summary.runs);
         pages += compared;
@@ -107,7 +75,7 @@ fn what_is_not_on_disk_as_in_memory_is_left_out() -> Result<()> {
     let all = {
         let stopped = server.stop()?;
         let (runs, summary) = lists(&mut session)?;
-        compare(&runs, &server, &memory)?;
+        compare(&runs, &server.disk, &memory)?;
         drop(stopped);
         summary
     };
@@ -118,7 +86,7 @@ fn what_is_not_on_disk_as_in_memory_is_left_out() -> Result<()> {
     server.sql("DROP TABLE sbtest.dropped; TRUNCATE TABLE sbtest.emptied; RENAME TABLE sbtest.moved TO sbtest.moved_away")?;
     let stopped = server.stop()?;
     let (runs, after) = lists(&mut session)?;
-    compare(&runs, &server, &memory)?;
+    compare(&runs, &server.disk, &memory)?;
     drop(stopped);
     println!("left out {:?}, after the drop {:?}", all.left_out, after.left_out);
     ensure!(after.left_out.contains_key(&LeftOut::Stale), "{:?}", after.left_out);

@@ -149,8 +149,9 @@ impl Deployment {
             guest(
                 lab,
                 &format!(
-                    "{PROBE} run {options} </dev/null >/run/guest-probe.log 2>&1 & echo $! >/run/guest-probe.pid; \
-                     for i in $(seq 600); do {PROBE} status --json >/run/guest-probe.status 2>/dev/null && exit 0; \
+                    "{PROBE} run --resident {options} </dev/null >/run/guest-probe.log 2>&1 & echo $! >/run/guest-probe.pid; \
+                     for i in $(seq 600); do {PROBE} status --json >/run/guest-probe.status 2>/dev/null \
+                     && case $(cat /run/guest-probe.status) in *mysqld_package*) exit 0;; esac; \
                      kill -0 $(cat /run/guest-probe.pid) || break; sleep 0.5; done; \
                      echo 'the probe does not answer; its log:' >&2; tail -n 40 /run/guest-probe.log >&2; exit 1"
                 ),
@@ -235,7 +236,10 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
-/// Where cargo puts what it builds.
+/// Where cargo builds.
+///
+/// # Errors
+/// When cargo does not say.
 pub fn target_directory() -> Result<PathBuf> {
     let words = run(cargo().args(["metadata", "--format-version=1", "--no-deps", "--locked"]))?;
     let metadata: serde_json::Value =

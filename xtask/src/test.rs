@@ -20,6 +20,12 @@ pub struct Args {
     /// Of the lab's cases, only those with this in their names
     #[arg(long, value_name = "TEXT")]
     case: Option<String>,
+    /// Only the soak: a real mysqld under load with evictions, resizes and DDL, its listed frames compared with the disk at 50 random stops
+    #[arg(long, conflicts_with = "parts")]
+    soak: bool,
+    /// How long the soak takes
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(10..), requires = "soak")]
+    soak_seconds: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -41,6 +47,9 @@ enum Part {
 pub fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     setup::ensure()?;
+    if args.soak {
+        return soak(args.soak_seconds);
+    }
     let all = [Part::Lint, Part::Native, Part::Module, Part::Lab];
     let parts: Vec<Part> =
         all.into_iter().filter(|part| args.parts.is_empty() || args.parts.contains(part)).collect();
@@ -96,6 +105,23 @@ fn native() -> Result<()> {
             .status()?;
         if !status.success() {
             bail!("cargo test ended with {status}");
+        }
+        Ok(())
+    })
+}
+
+/// Runs the soak, which is no part of the default run.
+fn soak(seconds: u64) -> Result<()> {
+    ebpf::check()?;
+    let root = mysql::root()?;
+    step("soak", || {
+        let status = cargo()
+            .args(["test", "--locked", "--package=tests", "--test=soak", "--", "--ignored", "--nocapture"])
+            .env("POOLSKIP_MYSQL_ROOT", root)
+            .env("POOLSKIP_SOAK_SECONDS", seconds.to_string())
+            .status()?;
+        if !status.success() {
+            bail!("the soak ended with {status}");
         }
         Ok(())
     })

@@ -2,7 +2,10 @@
 
 mod figures;
 mod filters;
+mod native;
+mod overhead;
 mod reload;
+mod snapshot;
 mod stream;
 
 use std::path::PathBuf;
@@ -30,6 +33,10 @@ enum Bench {
     Stream(stream::Args),
     /// The restorer: bytes that it reads a second, against fio on the same file
     Reload(reload::Args),
+    /// How fast guest-probe reads the pool of a running mysqld, against a plain read of the same bytes; and its memory
+    Snapshot(snapshot::Args),
+    /// What resident probes cost a running mysqld under sysbench, against the same without
+    Overhead(overhead::Args),
 }
 
 /// Runs the bench, and shows its figures.
@@ -41,6 +48,8 @@ pub fn run(args: &Args) -> Result<()> {
     let report: Report = match &args.bench {
         Bench::Stream(args) => stream::run(args)?,
         Bench::Reload(args) => reload::run(args)?,
+        Bench::Snapshot(args) => snapshot::run(args)?,
+        Bench::Overhead(args) => overhead::run(args)?,
     };
     print!("{report}");
     if let Some(file) = &args.json {
