@@ -20,6 +20,7 @@ pub mod catalogue;
 pub mod control_blocks;
 pub mod device;
 pub mod disk;
+pub mod dm;
 pub mod elf;
 #[path = "../../guest-probe-ebpf/src/event.rs"]
 pub mod event;
