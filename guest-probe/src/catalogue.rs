@@ -1,18 +1,36 @@
-//! What is known of each build of mysqld: symbols, structure offsets. The data is `catalogue.toml`, keyed by build id, because
-//! names and layouts drift from version to version.
+//! What is known of each build of mysqld: symbols, argument registers, structure offsets. The data is `catalogue.toml`, keyed by build
+//! id, because names and layouts drift from version to version; an operator's own entries lie beside it in [`OWN_DIR`].
+//!
+//! An entry decides what is read of a running server's memory and believed, so it is checked as a whole before any of it is used:
+//! every offset inside its structure, none over another, registers that the probes read, names that are names.
 
-use serde::Deserialize;
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::event::Layout;
 
 const BUILT_IN: &str = include_str!("../catalogue.toml");
 
+/// Where an operator's own entries lie: every `*.toml` there is one catalogue more.
+pub const OWN_DIR: &str = "/etc/poolskip/catalogue.d";
+
+/// No catalogue is larger than this, in bytes: an entry has about 2,000.
+const LARGEST_FILE: u64 = 1 << 20;
+/// No more files than this are read in [`OWN_DIR`].
+const MOST_FILES: usize = 256;
+/// No name is longer: the longest of a function in Debian's mysqld has about 3,000 characters, those that matter under 100.
+const LONGEST_NAME: usize = 512;
+
 /// No structure that the catalogue describes is larger than this, in bytes.
 const LARGEST_STRUCTURE: usize = 1 << 20;
 
 /// All known builds.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Catalogue {
     #[serde(rename = "build", default)]
@@ -20,7 +38,7 @@ pub struct Catalogue {
 }
 
 /// One build of mysqld.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Build {
     /// The package that brings it, for messages: name and version.
@@ -31,6 +49,8 @@ pub struct Build {
     pub variables: Variables,
     /// Functions that are probed.
     pub functions: Functions,
+    /// Registers in which these get what the probes read.
+    pub arguments: Arguments,
     /// `buf_pool_t`.
     pub pool: PoolLayout,
     /// `buf_chunk_t`.
@@ -46,7 +66,7 @@ pub struct Build {
 }
 
 /// Symbols of variables.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Variables {
     /// Pointer to the array of pool instances.
@@ -58,7 +78,7 @@ pub struct Variables {
 }
 
 /// Symbols of functions; `guest-probe-ebpf` says what each tells.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)] // each is named after the eBPF program that probes it
 pub struct Functions {
@@ -72,8 +92,72 @@ pub struct Functions {
     pub chunk_deallocate: String,
 }
 
+/// A register that the System V ABI of x86-64 passes an argument in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[allow(missing_docs)] // each is its name
+pub enum Register {
+    Rdi,
+    Rsi,
+    Rdx,
+    Rcx,
+    R8,
+    R9,
+}
+
+impl Register {
+    /// In the order of arguments.
+    pub const ALL: [Self; 6] = [Self::Rdi, Self::Rsi, Self::Rdx, Self::Rcx, Self::R8, Self::R9];
+
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rdi => "rdi",
+            Self::Rsi => "rsi",
+            Self::Rdx => "rdx",
+            Self::Rcx => "rcx",
+            Self::R8 => "r8",
+            Self::R9 => "r9",
+        }
+    }
+}
+
+/// In which register a function gets its control block, or its file node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)] // each is named after its function
+pub struct Arguments {
+    pub read_complete: Register,
+    pub page_dirty: Register,
+    pub page_clean: Register,
+    pub frame_free: Register,
+    pub file_open: Register,
+}
+
+impl Arguments {
+    /// What the eBPF programs read (`guest-probe-ebpf`). A build whose functions have other arguments needs other programs.
+    pub const OF_PROGRAMS: Self = Self {
+        read_complete: Register::Rdi,
+        page_dirty: Register::Rsi,
+        page_clean: Register::Rdi,
+        frame_free: Register::Rdi,
+        file_open: Register::Rsi,
+    };
+
+    /// Each with its function's name in the catalogue.
+    pub fn named(&self) -> [(&'static str, Register); 5] {
+        [
+            ("read_complete", self.read_complete),
+            ("page_dirty", self.page_dirty),
+            ("page_clean", self.page_clean),
+            ("frame_free", self.frame_free),
+            ("file_open", self.file_open),
+        ]
+    }
+}
+
 /// Offsets in a pool instance.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PoolLayout {
     /// Bytes in an instance.
@@ -85,7 +169,7 @@ pub struct PoolLayout {
 }
 
 /// Offsets in a chunk.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ChunkLayout {
     /// Bytes in a chunk's descriptor.
@@ -97,7 +181,7 @@ pub struct ChunkLayout {
 }
 
 /// Offsets in a control block.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockLayout {
     /// Bytes in a control block.
@@ -125,7 +209,7 @@ pub struct BlockLayout {
 }
 
 /// Offsets in a tablespace.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SpaceLayout {
     /// Of its id, 4 bytes.
@@ -139,7 +223,7 @@ pub struct SpaceLayout {
 }
 
 /// Offsets in a tablespace's file node.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NodeLayout {
     /// Of the pointer to the tablespace.
@@ -147,7 +231,7 @@ pub struct NodeLayout {
 }
 
 /// Values of enumerations.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Values {
     /// State of a block that holds a page of a file.
@@ -164,6 +248,56 @@ pub enum CatalogueError {
     /// It is not TOML, or lacks or has too many fields.
     #[error("the catalogue cannot be read: {0}")]
     Syntax(#[from] toml::de::Error),
+    /// A file of the operator's own cannot be used.
+    #[error("{path}: {error}; correct it or take it away")]
+    Own {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: Box<Self>,
+    },
+    /// A file cannot be read.
+    #[error("it cannot be read: {0}")]
+    Read(#[from] io::Error),
+    /// A file is no catalogue by its size.
+    #[error("it has {bytes} bytes or more, where a catalogue has at most {LARGEST_FILE}")]
+    TooLarge {
+        /// Its size, as far as it was read.
+        bytes: u64,
+    },
+    /// There are too many files.
+    #[error("{0} has more than {MOST_FILES} catalogues")]
+    TooMany(PathBuf),
+    /// Two entries are for one build.
+    #[error("two entries have the build id {0}: which one is right cannot be told")]
+    Twice(String),
+    /// A name is none.
+    #[error("catalogue entry {build_id}: {field} is {value:?}, which is no {what}")]
+    Name {
+        /// The entry.
+        build_id: String,
+        /// The field.
+        field: &'static str,
+        /// What it says, cut.
+        value: String,
+        /// What it should be.
+        what: &'static str,
+    },
+    /// A function's argument is not where the probes read it.
+    #[error(
+        "catalogue entry {build_id}: {function} has its argument in {}, but the probes read it in {}: \
+         this build needs other probes", says.name(), read.name()
+    )]
+    Register {
+        /// The entry.
+        build_id: String,
+        /// The function.
+        function: &'static str,
+        /// What the entry says.
+        says: Register,
+        /// What the probes read.
+        read: Register,
+    },
     /// An offset lies outside its structure.
     #[error(
         "catalogue entry {build_id}: offset {offset:#x} ({bytes} bytes) lies outside a {structure} of {size:#x} bytes"
@@ -180,10 +314,46 @@ pub enum CatalogueError {
         /// Bytes in the structure.
         size: usize,
     },
+    /// Two fields share bytes.
+    #[error("catalogue entry {build_id}: {first} and {second} of {structure} lie over each other")]
+    Overlap {
+        /// The entry.
+        build_id: String,
+        /// The structure.
+        structure: &'static str,
+        /// A field.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+    },
+    /// A field lies where a compiler puts none.
+    #[error(
+        "catalogue entry {build_id}: {field} of {structure} lies at {offset:#x}, no multiple of its {bytes} bytes"
+    )]
+    Misaligned {
+        /// The entry.
+        build_id: String,
+        /// The structure.
+        structure: &'static str,
+        /// The field.
+        field: &'static str,
+        /// Its offset.
+        offset: usize,
+        /// Its size.
+        bytes: usize,
+    },
+    /// One number stands for two things.
+    #[error("catalogue entry {build_id}: io_fix_none and io_fix_read are both {value}")]
+    Values {
+        /// The entry.
+        build_id: String,
+        /// The number.
+        value: u8,
+    },
     /// The build is not known.
     #[error(
         "mysqld with build id {build_id} is not in the catalogue, which knows: {known}; \
-         an entry needs the structure offsets of that build (guest-probe/catalogue.toml says how they are found)"
+         `guest-probe doctor` says what can be found out about it, `guest-probe catalogue add --pid` makes an entry"
     )]
     Unknown {
         /// The build id.
@@ -202,15 +372,60 @@ impl Catalogue {
         Self::parse(BUILT_IN)
     }
 
+    /// The built-in catalogue with the operator's own entries.
+    ///
+    /// # Errors
+    /// [`CatalogueError`] of the first file that cannot be used: an entry that is wrong in one way is not trusted in others.
+    pub fn installed() -> Result<Self, CatalogueError> {
+        Self::with_own(Path::new(OWN_DIR))
+    }
+
+    /// [`Catalogue::installed`] with another directory.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn with_own(dir: &Path) -> Result<Self, CatalogueError> {
+        let mut catalogue = Self::built_in()?;
+        let entries = match fs::read_dir(dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(catalogue),
+            Err(error) => return Err(own(dir, error.into())),
+        };
+        let mut paths = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(|error| own(dir, error.into()))?.path();
+            if path.extension().is_some_and(|extension| extension == "toml") {
+                if paths.len() == MOST_FILES {
+                    return Err(CatalogueError::TooMany(dir.to_path_buf()));
+                }
+                paths.push(path);
+            }
+        }
+        paths.sort();
+        for path in paths {
+            let more = read_file(&path).and_then(|text| Self::parse(&text));
+            let added = more.and_then(|more| {
+                catalogue.builds.extend(more.builds);
+                catalogue.check_ids()
+            });
+            added.map_err(|error| own(&path, error))?;
+        }
+        Ok(catalogue)
+    }
+
     /// Parses and checks a catalogue.
     ///
     /// # Errors
-    /// [`CatalogueError::Syntax`] or [`CatalogueError::Outside`].
+    /// [`CatalogueError`] for what is wrong first.
     pub fn parse(text: &str) -> Result<Self, CatalogueError> {
+        if text.len() as u64 > LARGEST_FILE {
+            return Err(CatalogueError::TooLarge { bytes: text.len() as u64 });
+        }
         let catalogue: Self = toml::from_str(text)?;
         for build in &catalogue.builds {
             build.check()?;
         }
+        catalogue.check_ids()?;
         Ok(catalogue)
     }
 
@@ -224,7 +439,40 @@ impl Catalogue {
             known: self.builds.iter().map(|build| build.package.as_str()).collect::<Vec<_>>().join(", "),
         })
     }
+
+    /// All entries.
+    pub fn builds(&self) -> &[Build] {
+        &self.builds
+    }
+
+    fn check_ids(&self) -> Result<(), CatalogueError> {
+        let mut seen = HashSet::new();
+        match self.builds.iter().find(|build| !seen.insert(&build.build_id)) {
+            Some(twice) => Err(CatalogueError::Twice(twice.build_id.clone())),
+            None => Ok(()),
+        }
+    }
 }
+
+fn own(path: &Path, error: CatalogueError) -> CatalogueError {
+    CatalogueError::Own { path: path.to_path_buf(), error: Box::new(error) }
+}
+
+/// Reads a file that may be anything: no more than a catalogue can have, and no FIFO that never ends.
+fn read_file(path: &Path) -> Result<String, CatalogueError> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file").into());
+    }
+    let mut text = String::new();
+    let bytes = File::open(path)?.take(LARGEST_FILE + 1).read_to_string(&mut text)? as u64;
+    if bytes > LARGEST_FILE {
+        return Err(CatalogueError::TooLarge { bytes });
+    }
+    Ok(text)
+}
+
+/// A field of a structure: its name, its offset, its bytes.
+type Field = (&'static str, usize, usize);
 
 impl Build {
     /// What the eBPF programs need of it.
@@ -250,47 +498,162 @@ impl Build {
         id.max(version).max(deleted).max(flags) + 4
     }
 
-    fn check(&self) -> Result<(), CatalogueError> {
-        let check = |structure, size: usize, offset: usize, bytes: usize| {
+    /// The entry as a catalogue of its own.
+    ///
+    /// # Errors
+    /// When it cannot be written as TOML: never for a sound entry.
+    pub fn to_toml(&self) -> Result<String, toml::ser::Error> {
+        toml::to_string(&Catalogue { builds: vec![self.clone()] })
+    }
+
+    /// Checks that the entry can be right.
+    ///
+    /// # Errors
+    /// [`CatalogueError`] for what is wrong first.
+    pub fn check(&self) -> Result<(), CatalogueError> {
+        let wrong_name = |field, value: &str, what| CatalogueError::Name {
+            build_id: cut(&self.build_id),
+            field,
+            value: cut(value),
+            what,
+        };
+        let is_id = (8..=128).contains(&self.build_id.len())
+            && self.build_id.len().is_multiple_of(2)
+            && self.build_id.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
+        if !is_id {
+            return Err(wrong_name("build_id", &self.build_id, "build id (hexadecimal, small letters)"));
+        }
+        if !is_printable(&self.package) {
+            return Err(wrong_name("package", &self.package, "name of a package"));
+        }
+        let names = self.names();
+        for (field, name) in names {
+            if !is_printable(name) || name.contains(' ') {
+                return Err(wrong_name(field, name, "symbol"));
+            }
+        }
+        let mut seen = HashSet::new();
+        if let Some((field, name)) = names.into_iter().find(|(_, name)| !seen.insert(*name)) {
+            return Err(wrong_name(field, name, "symbol of its own: another field has it"));
+        }
+        let read = Arguments::OF_PROGRAMS.named();
+        for ((function, says), (_, read)) in self.arguments.named().into_iter().zip(read) {
+            if says != read {
+                let build_id = self.build_id.clone();
+                return Err(CatalogueError::Register { build_id, function, says, read });
+            }
+        }
+        let Self { pool, chunk, block, space, node, values, .. } = self;
+        self.check_structure(
+            "buf_pool_t",
+            pool.size,
+            &[("chunk_count", pool.chunk_count, 8), ("chunks", pool.chunks, 8)],
+        )?;
+        self.check_structure(
+            "buf_chunk_t",
+            chunk.size,
+            &[("block_count", chunk.block_count, 8), ("blocks", chunk.blocks, 8)],
+        )?;
+        let fields = [
+            // Two numbers of 4 bytes.
+            ("page_id", block.page_id, 4),
+            ("page_id's page number", block.page_id.saturating_add(4), 4),
+            // Two words of bit fields.
+            ("page_size", block.page_size, 4),
+            ("page_size's upper half", block.page_size.saturating_add(4), 4),
+            ("fix_count", block.fix_count, 4),
+            ("io_fix", block.io_fix, 1),
+            ("state", block.state, 1),
+            ("newest", block.newest, 8),
+            ("oldest", block.oldest, 8),
+            ("space", block.space, 8),
+            ("version", block.version, 4),
+            ("frame", block.frame, 8),
+        ];
+        self.check_structure("buf_block_t", block.size, &fields)?;
+        self.check_structure(
+            "fil_space_t",
+            LARGEST_STRUCTURE,
+            &[
+                ("id", space.id, 4),
+                ("version", space.version, 4),
+                ("deleted", space.deleted, 1),
+                ("flags", space.flags, 4),
+            ],
+        )?;
+        self.check_structure("fil_node_t", LARGEST_STRUCTURE, &[("space", node.space, 8)])?;
+        if values.io_fix_none == values.io_fix_read {
+            return Err(CatalogueError::Values {
+                build_id: self.build_id.clone(),
+                value: values.io_fix_none,
+            });
+        }
+        Ok(())
+    }
+
+    /// All symbols, with the fields that have them.
+    pub fn names(&self) -> [(&'static str, &str); 11] {
+        let Variables { pools, pool_count, page_size } = &self.variables;
+        let functions = &self.functions;
+        [
+            ("pools", pools),
+            ("pool_count", pool_count),
+            ("page_size", page_size),
+            ("read_complete", &functions.read_complete),
+            ("page_create", &functions.page_create),
+            ("page_dirty", &functions.page_dirty),
+            ("page_clean", &functions.page_clean),
+            ("frame_free", &functions.frame_free),
+            ("file_open", &functions.file_open),
+            ("chunk_allocate", &functions.chunk_allocate),
+            ("chunk_deallocate", &functions.chunk_deallocate),
+        ]
+    }
+
+    fn check_structure(
+        &self,
+        structure: &'static str,
+        size: usize,
+        fields: &[Field],
+    ) -> Result<(), CatalogueError> {
+        let build_id = || self.build_id.clone();
+        for (field, offset, bytes) in fields.iter().copied() {
             let inside =
                 size <= LARGEST_STRUCTURE && offset.checked_add(bytes).is_some_and(|end| end <= size);
-            inside.then_some(()).ok_or_else(|| CatalogueError::Outside {
-                build_id: self.build_id.clone(),
-                structure,
-                offset,
-                bytes,
-                size,
-            })
-        };
-        let pool = &self.pool;
-        for offset in [pool.chunk_count, pool.chunks] {
-            check("buf_pool_t", pool.size, offset, 8)?;
+            if !inside {
+                return Err(CatalogueError::Outside { build_id: build_id(), structure, offset, bytes, size });
+            }
+            if !offset.is_multiple_of(bytes) {
+                return Err(CatalogueError::Misaligned {
+                    build_id: build_id(),
+                    structure,
+                    field,
+                    offset,
+                    bytes,
+                });
+            }
         }
-        let chunk = &self.chunk;
-        for offset in [chunk.block_count, chunk.blocks] {
-            check("buf_chunk_t", chunk.size, offset, 8)?;
+        for (index, (first, start, bytes)) in fields.iter().enumerate() {
+            let over = fields.iter().skip(index + 1).find(|(_, other, other_bytes)| {
+                // All ends lie inside the structure, so nothing overflows.
+                *start < other + other_bytes && *other < start + bytes
+            });
+            if let Some((second, _, _)) = over {
+                return Err(CatalogueError::Overlap { build_id: build_id(), structure, first, second });
+            }
         }
-        let block = &self.block;
-        for (offset, bytes) in [
-            (block.page_id, 8),
-            (block.page_size, 8),
-            (block.fix_count, 4),
-            (block.io_fix, 1),
-            (block.state, 1),
-            (block.newest, 8),
-            (block.oldest, 8),
-            (block.space, 8),
-            (block.version, 4),
-            (block.frame, 8),
-        ] {
-            check("buf_block_t", block.size, offset, bytes)?;
-        }
-        let space = &self.space;
-        for offset in [space.id, space.version, space.deleted, space.flags] {
-            check("fil_space_t", LARGEST_STRUCTURE, offset, 4)?;
-        }
-        check("fil_node_t", LARGEST_STRUCTURE, self.node.space, 8)
+        Ok(())
     }
+}
+
+/// Whether a text can be shown on a terminal in one line.
+fn is_printable(text: &str) -> bool {
+    !text.is_empty() && text.len() <= LONGEST_NAME && text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
+}
+
+/// The beginning of a text, for a message.
+fn cut(text: &str) -> String {
+    text.chars().take(60).collect()
 }
 
 #[cfg(test)]
@@ -324,6 +687,88 @@ mod tests {
         ));
         let text = BUILT_IN.replace("frame = 0x100", "frame = 0xfffffffffffffff");
         assert!(Catalogue::parse(&text).is_err());
+    }
+
+    fn refused(from: &str, to: &str) -> String {
+        assert!(BUILT_IN.contains(from), "{from}");
+        Catalogue::parse(&BUILT_IN.replacen(from, to, 1)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn nonsense_is_refused_in_a_sentence() {
+        let id = "cc8a18826385d7182761a4a8f41044748267244d";
+        for (from, to, words) in [
+            ("state = 0x15", "state = 0x14", "io_fix and state of buf_block_t lie over each other"),
+            (
+                "newest = 0x30",
+                "newest = 0x34",
+                "newest of buf_block_t lies at 0x34, no multiple of its 8 bytes",
+            ),
+            ("oldest = 0x38", "oldest = 0x30", "lie over each other"),
+            ("oldest = 0x38", "oldest = -8", "invalid value"),
+            ("oldest = 0x38", "oldest = \"0x38\"", "invalid type"),
+            ("oldest = 0x38", "", "missing field `oldest`"),
+            ("oldest = 0x38", "oldest = 0x38\noldish = 1", "unknown field `oldish`"),
+            ("chunks = 0x178", "chunks = 0x168", "lie over each other"),
+            ("size = 0x2548", "size = 0x100", "lies outside a buf_pool_t of 0x100 bytes"),
+            ("size = 24", "size = 0xffffffffffff", "lies outside a buf_chunk_t"),
+            ("flags = 0x90", "flags = 0x1c", "lie over each other"),
+            ("page_dirty = \"rsi\"", "page_dirty = \"eax\"", "unknown variant `eax`, expected one of `rdi`"),
+            ("page_dirty = \"rsi\"", "page_dirty = \"rdx\"", "the probes read it in rsi"),
+            (id, "not hexadecimal", "no build id"),
+            (id, "", "no build id"),
+            ("mysql-server-core 9.7.4-2", "a\\u001b[2Jb", "no name of a package"),
+            ("\"buf_pool_ptr\"", "\"\"", "no symbol"),
+            ("\"buf_pool_ptr\"", "\"srv_page_size\"", "another field has it"),
+            ("io_fix_read = 1", "io_fix_read = 0", "are both 0"),
+            ("io_fix_read = 1", "io_fix_read = 256", "invalid value"),
+        ] {
+            let error = refused(from, to);
+            assert!(error.contains(words), "{to:?}: {error}");
+        }
+        assert!(matches!(
+            Catalogue::parse(&format!("{BUILT_IN}{BUILT_IN}")),
+            Err(CatalogueError::Twice(twice)) if twice == id
+        ));
+        let huge = "#".repeat(LARGEST_FILE as usize + 1);
+        assert!(matches!(Catalogue::parse(&huge), Err(CatalogueError::TooLarge { .. })));
+    }
+
+    #[test]
+    fn an_operator_s_own_entries_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = "00112233445566778899";
+        let id = Catalogue::built_in().unwrap().builds[0].build_id.clone();
+        assert!(Catalogue::with_own(&dir.path().join("none")).unwrap().find(&id).is_ok());
+        fs::write(dir.path().join("a.toml"), BUILT_IN.replace(&id, other)).unwrap();
+        fs::write(dir.path().join("notes.txt"), "not a catalogue").unwrap();
+        let catalogue = Catalogue::with_own(dir.path()).unwrap();
+        assert!(catalogue.find(&id).is_ok() && catalogue.find(other).is_ok());
+        assert_eq!(catalogue.builds().len(), 2);
+        // What is wrong is named with its file.
+        let refused = |text: &[u8]| {
+            fs::write(dir.path().join("b.toml"), text).unwrap();
+            Catalogue::with_own(dir.path()).unwrap_err().to_string()
+        };
+        for (text, words) in [
+            (BUILT_IN.as_bytes(), "two entries have the build id"),
+            (b"build = 7", "invalid type"),
+            (b"\xff\xfe", "UTF-8"),
+            (vec![b' '; LARGEST_FILE as usize + 1].as_slice(), "where a catalogue has at most"),
+        ] {
+            let error = refused(text);
+            assert!(error.contains("b.toml") && error.contains(words), "{error}");
+        }
+        fs::remove_file(dir.path().join("b.toml")).unwrap();
+        fs::create_dir(dir.path().join("b.toml")).unwrap();
+        assert!(Catalogue::with_own(dir.path()).unwrap_err().to_string().contains("no regular file"));
+    }
+
+    #[test]
+    fn an_entry_survives_being_written() {
+        let build = Catalogue::built_in().unwrap().builds[0].clone();
+        let written = build.to_toml().unwrap();
+        assert_eq!(Catalogue::parse(&written).unwrap().builds, [build]);
     }
 
     proptest! {
