@@ -16,7 +16,7 @@ use crate::disk::{DeviceNumber, DiskPlace, Disks};
 use crate::fiemap::ExtentMap;
 use crate::frame_table::{PAGE_BYTES, PageId};
 use crate::left_out::LeftOut;
-use crate::spaces::{SpaceFlags, Spaces};
+use crate::spaces::{SpaceFile, SpaceFlags, Spaces};
 
 /// Which disks count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,13 +128,12 @@ impl<'a> StorageMap<'a> {
         })
     }
 
-    /// How the file of a tablespace lies on disk: bytes that may be named, and bytes that may not, by reason.
+    /// How a file lies on disk: bytes that may be named, and bytes that may not, by reason. What its pages are like is not asked.
     ///
     /// # Errors
     /// [`LeftOut`] where nothing of it may.
-    pub fn bytes_of(&mut self, space: u32) -> Result<(u64, BTreeMap<LeftOut, u64>), LeftOut> {
-        let file = map_file(self.spaces, self.disks, self.rule, space)?;
-        Ok(file.extents.bytes())
+    pub fn bytes_of(&mut self, file: &SpaceFile) -> Result<(u64, BTreeMap<LeftOut, u64>), LeftOut> {
+        Ok(map_known_file(file, self.disks, self.rule)?.extents.bytes())
     }
 }
 
@@ -156,6 +155,10 @@ fn map_file(spaces: &Spaces, disks: &mut Disks, rule: DiskRule, space: u32) -> R
     if let Some(reason) = unfit(known.header.flags) {
         return Err(reason);
     }
+    map_known_file(known, disks, rule)
+}
+
+fn map_known_file(known: &SpaceFile, disks: &mut Disks, rule: DiskRule) -> Result<MappedFile, LeftOut> {
     // Asked here for the reason that holds for all its pages; the pieces ask again.
     let device = disks.map(known.device)?;
     if let Some(place) = device.first() {
@@ -189,7 +192,7 @@ fn name_of(place: &DiskPlace, rule: DiskRule) -> Result<Vdev, LeftOut> {
 /// answer with places in an address space of their own (btrfs), or spread over several devices (f2fs).
 fn unfit_file_system(file: &File) -> Option<LeftOut> {
     let Ok(stat) = fstatfs(file) else { return Some(LeftOut::Unmappable) };
-    match stat.filesystem_type().0 as i64 {
+    match stat.filesystem_type().0 {
         EXT_MAGIC => None,
         XFS_MAGIC => {
             let mut attributes = [0_u32; FSXATTR_WORDS];

@@ -27,6 +27,9 @@ const PAGE: usize = 16_384;
 /// Bytes in a guest page.
 const GUEST_PAGE: u64 = 4096;
 
+/// Pages that were named, and the others with the reason.
+type Checked = (Vec<u32>, Vec<(u32, LeftOut)>);
+
 /// A mounted file system on a partition of a loop device; it goes with the test's thread.
 struct FileSystem {
     // Dropped first: it stands in the mount.
@@ -71,12 +74,7 @@ impl FileSystem {
 
     /// Compares each page of a file with the whole disk at the place that the map names; returns the pages that were named, and for
     /// the others the reason.
-    fn check(
-        &self,
-        map: &mut StorageMap<'_>,
-        space: u32,
-        path: &Path,
-    ) -> Result<(Vec<u32>, Vec<(u32, LeftOut)>)> {
+    fn check(&self, map: &mut StorageMap<'_>, space: u32, path: &Path) -> Result<Checked> {
         let (mut named, mut left_out) = (Vec::new(), Vec::new());
         let file = File::open(path)?;
         let (major, minor) = self.disk.number()?;
