@@ -9,7 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use goblin::container::{Container, Ctx, Endian};
 use goblin::elf::header::{ELFCLASS64, ELFDATA2LSB, EM_X86_64, Header as AnyHeader};
-use goblin::elf::program_header::{PT_LOAD, PT_NOTE, ProgramHeader};
+use goblin::elf::program_header::{PF_X, PT_GNU_EH_FRAME, PT_LOAD, PT_NOTE, ProgramHeader};
 use goblin::elf::section_header::{SHT_DYNSYM, SHT_SYMTAB, SectionHeader};
 use thiserror::Error;
 
@@ -19,6 +19,8 @@ use crate::bytes::{u32_le, u64_le};
 const LARGEST_TABLE: u64 = 64 << 20;
 /// No more symbols than these are found by a pattern: a mangled name can be long.
 const MOST_FOUND: usize = 4096;
+/// No name is longer: the longest in Debian's mysqld has about 3,000 bytes. A file without any NUL would be searched through for each.
+const LONGEST_NAME: usize = 16 << 10;
 /// Bytes that are looked at to place a probe.
 const ENTRY_BYTES: usize = 6;
 const HEADER_BYTES: usize = 64;
@@ -119,6 +121,17 @@ pub struct Symbol {
     pub address: u64,
     /// Bytes, as far as the linker knows.
     pub bytes: u64,
+}
+
+/// A part of the file that is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its address, relative to the load address.
+    pub address: u64,
+    /// Bytes of it in the file.
+    pub bytes: u64,
+    /// Whether it is code.
+    pub executable: bool,
 }
 
 /// Where a probe goes.
@@ -260,12 +273,28 @@ impl<'f, F: ReadAt + ?Sized> Elf<'f, F> {
                 let fields = (u32_le(symbol, 0), u64_le(symbol, 8), u64_le(symbol, 16));
                 let (Some(name), Some(address), Some(bytes)) = fields else { continue };
                 let rest = strings.get(name as usize..).unwrap_or_default();
+                let rest = rest.get(..LONGEST_NAME).unwrap_or(rest);
                 if let (Some(end), true) = (rest.iter().position(|byte| *byte == 0), address != 0) {
                     each(&rest[..end], address, bytes);
                 }
             }
         }
         Ok(())
+    }
+
+    /// The parts that are loaded from the file.
+    pub fn loaded_parts(&self) -> impl Iterator<Item = Part> + '_ {
+        self.segments.iter().filter(|segment| segment.p_type == PT_LOAD).map(|segment| Part {
+            address: segment.p_vaddr,
+            bytes: segment.p_filesz,
+            executable: segment.p_flags & PF_X != 0,
+        })
+    }
+
+    /// Address and size of the index of the exception tables, `.eh_frame_hdr`.
+    pub fn exception_index(&self) -> Option<(u64, u64)> {
+        let segment = self.segments.iter().find(|segment| segment.p_type == PT_GNU_EH_FRAME)?;
+        Some((segment.p_vaddr, segment.p_filesz))
     }
 
     /// Some bytes of a loaded part of the file, by address; fewer where that part ends.

@@ -18,9 +18,11 @@
 mod bytes;
 pub mod catalogue;
 pub mod control_blocks;
+pub mod derive;
 pub mod device;
 pub mod disk;
 pub mod dm;
+pub mod doctor;
 pub mod elf;
 #[path = "../../guest-probe-ebpf/src/event.rs"]
 pub mod event;
