@@ -179,20 +179,21 @@ fn find_page_size(pages: &[&Sample], bytes: usize) -> Finding {
     Finding::of(Some(Witness::new(places.collect(), format!("page size in {} blocks", pages.len()))), None)
 }
 
-/// The state is "file page" for all pages, and something else for all blocks without one.
+/// The state is "file page" for all pages, and something else for all blocks without one. A full pool may have none of those; then
+/// the code must name the place.
 fn find_state(pages: &[&Sample], free: &[&Sample], bytes: usize, code: &Evidence) -> Finding {
-    if free.is_empty() {
-        return Finding::missing(
-            "every block of the pool that was looked at holds a page, so states cannot be told apart",
-        );
-    }
     let places = (0..bytes).filter(|at| {
         pages.iter().all(|sample| sample.block[*at] == STATE_FILE_PAGE)
             && free.iter().all(|sample| sample.block[*at] != STATE_FILE_PAGE && sample.block[*at] < 8)
     });
     let says =
         format!("{} pages have {STATE_FILE_PAGE}, {} blocks without have not", pages.len(), free.len());
-    Finding::of(Some(Witness::new(places.collect(), says)), code.state())
+    let witness = Witness::new(places.collect(), says);
+    if free.is_empty() {
+        needs_code(witness, code.state(), "buf_LRU_block_free_non_file_page")
+    } else {
+        Finding::of(Some(witness), code.state())
+    }
 }
 
 /// Which I/O is under way is none for nearly all pages, and one of four things for each.
