@@ -4,13 +4,17 @@
 //! An entry decides what is read of a running server's memory and believed, so it is checked as a whole before any of it is used:
 //! every offset inside its structure, none over another, registers that the probes read, names that are names.
 
+mod check;
+mod error;
+
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
+
+pub use error::CatalogueError;
 
 use crate::event::Layout;
 
@@ -23,11 +27,6 @@ pub const OWN_DIR: &str = "/etc/poolskip/catalogue.d";
 const LARGEST_FILE: u64 = 1 << 20;
 /// No more files than this are read in [`OWN_DIR`].
 const MOST_FILES: usize = 256;
-/// No name is longer: the longest of a function in Debian's mysqld has about 3,000 characters, those that matter under 100.
-const LONGEST_NAME: usize = 512;
-
-/// No structure that the catalogue describes is larger than this, in bytes.
-const LARGEST_STRUCTURE: usize = 1 << 20;
 
 /// All known builds.
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -242,127 +241,6 @@ pub struct Values {
     pub io_fix_read: u8,
 }
 
-/// Why a catalogue cannot be used, or has no entry.
-#[derive(Debug, Error)]
-pub enum CatalogueError {
-    /// It is not TOML, or lacks or has too many fields.
-    #[error("the catalogue cannot be read: {0}")]
-    Syntax(#[from] toml::de::Error),
-    /// A file of the operator's own cannot be used.
-    #[error("{path}: {error}; correct it or take it away")]
-    Own {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        error: Box<Self>,
-    },
-    /// A file cannot be read.
-    #[error("it cannot be read: {0}")]
-    Read(#[from] io::Error),
-    /// A file is no catalogue by its size.
-    #[error("it has {bytes} bytes or more, where a catalogue has at most {LARGEST_FILE}")]
-    TooLarge {
-        /// Its size, as far as it was read.
-        bytes: u64,
-    },
-    /// There are too many files.
-    #[error("{0} has more than {MOST_FILES} catalogues")]
-    TooMany(PathBuf),
-    /// Two entries are for one build.
-    #[error("two entries have the build id {0}: which one is right cannot be told")]
-    Twice(String),
-    /// A name is none.
-    #[error("catalogue entry {build_id}: {field} is {value:?}, which is no {what}")]
-    Name {
-        /// The entry.
-        build_id: String,
-        /// The field.
-        field: &'static str,
-        /// What it says, cut.
-        value: String,
-        /// What it should be.
-        what: &'static str,
-    },
-    /// A function's argument is not where the probes read it.
-    #[error(
-        "catalogue entry {build_id}: {function} has its argument in {}, but the probes read it in {}: \
-         this build needs other probes", says.name(), read.name()
-    )]
-    Register {
-        /// The entry.
-        build_id: String,
-        /// The function.
-        function: &'static str,
-        /// What the entry says.
-        says: Register,
-        /// What the probes read.
-        read: Register,
-    },
-    /// An offset lies outside its structure.
-    #[error(
-        "catalogue entry {build_id}: offset {offset:#x} ({bytes} bytes) lies outside a {structure} of {size:#x} bytes"
-    )]
-    Outside {
-        /// The entry.
-        build_id: String,
-        /// The structure.
-        structure: &'static str,
-        /// The offset.
-        offset: usize,
-        /// Bytes at the offset.
-        bytes: usize,
-        /// Bytes in the structure.
-        size: usize,
-    },
-    /// Two fields share bytes.
-    #[error("catalogue entry {build_id}: {first} and {second} of {structure} lie over each other")]
-    Overlap {
-        /// The entry.
-        build_id: String,
-        /// The structure.
-        structure: &'static str,
-        /// A field.
-        first: &'static str,
-        /// The other.
-        second: &'static str,
-    },
-    /// A field lies where a compiler puts none.
-    #[error(
-        "catalogue entry {build_id}: {field} of {structure} lies at {offset:#x}, no multiple of its {bytes} bytes"
-    )]
-    Misaligned {
-        /// The entry.
-        build_id: String,
-        /// The structure.
-        structure: &'static str,
-        /// The field.
-        field: &'static str,
-        /// Its offset.
-        offset: usize,
-        /// Its size.
-        bytes: usize,
-    },
-    /// One number stands for two things.
-    #[error("catalogue entry {build_id}: io_fix_none and io_fix_read are both {value}")]
-    Values {
-        /// The entry.
-        build_id: String,
-        /// The number.
-        value: u8,
-    },
-    /// The build is not known.
-    #[error(
-        "mysqld with build id {build_id} is not in the catalogue, which knows: {known}; \
-         `guest-probe doctor` says what can be found out about it, `guest-probe catalogue add --pid` makes an entry"
-    )]
-    Unknown {
-        /// The build id.
-        build_id: String,
-        /// The packages that are known.
-        known: String,
-    },
-}
-
 impl Catalogue {
     /// The catalogue that this program was built with.
     ///
@@ -471,9 +349,6 @@ fn read_file(path: &Path) -> Result<String, CatalogueError> {
     Ok(text)
 }
 
-/// A field of a structure: its name, its offset, its bytes.
-type Field = (&'static str, usize, usize);
-
 impl Build {
     /// What the eBPF programs need of it.
     pub fn event_layout(&self, wake_at: u32) -> Layout {
@@ -506,91 +381,6 @@ impl Build {
         toml::to_string(&Catalogue { builds: vec![self.clone()] })
     }
 
-    /// Checks that the entry can be right.
-    ///
-    /// # Errors
-    /// [`CatalogueError`] for what is wrong first.
-    pub fn check(&self) -> Result<(), CatalogueError> {
-        let wrong_name = |field, value: &str, what| CatalogueError::Name {
-            build_id: cut(&self.build_id),
-            field,
-            value: cut(value),
-            what,
-        };
-        let is_id = (8..=128).contains(&self.build_id.len())
-            && self.build_id.len().is_multiple_of(2)
-            && self.build_id.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
-        if !is_id {
-            return Err(wrong_name("build_id", &self.build_id, "build id (hexadecimal, small letters)"));
-        }
-        if !is_printable(&self.package) {
-            return Err(wrong_name("package", &self.package, "name of a package"));
-        }
-        let names = self.names();
-        for (field, name) in names {
-            if !is_printable(name) || name.contains(' ') {
-                return Err(wrong_name(field, name, "symbol"));
-            }
-        }
-        let mut seen = HashSet::new();
-        if let Some((field, name)) = names.into_iter().find(|(_, name)| !seen.insert(*name)) {
-            return Err(wrong_name(field, name, "symbol of its own: another field has it"));
-        }
-        let read = Arguments::OF_PROGRAMS.named();
-        for ((function, says), (_, read)) in self.arguments.named().into_iter().zip(read) {
-            if says != read {
-                let build_id = self.build_id.clone();
-                return Err(CatalogueError::Register { build_id, function, says, read });
-            }
-        }
-        let Self { pool, chunk, block, space, node, values, .. } = self;
-        self.check_structure(
-            "buf_pool_t",
-            pool.size,
-            &[("chunk_count", pool.chunk_count, 8), ("chunks", pool.chunks, 8)],
-        )?;
-        self.check_structure(
-            "buf_chunk_t",
-            chunk.size,
-            &[("block_count", chunk.block_count, 8), ("blocks", chunk.blocks, 8)],
-        )?;
-        let fields = [
-            // Two numbers of 4 bytes.
-            ("page_id", block.page_id, 4),
-            ("page_id's page number", block.page_id.saturating_add(4), 4),
-            // Two words of bit fields.
-            ("page_size", block.page_size, 4),
-            ("page_size's upper half", block.page_size.saturating_add(4), 4),
-            ("fix_count", block.fix_count, 4),
-            ("io_fix", block.io_fix, 1),
-            ("state", block.state, 1),
-            ("newest", block.newest, 8),
-            ("oldest", block.oldest, 8),
-            ("space", block.space, 8),
-            ("version", block.version, 4),
-            ("frame", block.frame, 8),
-        ];
-        self.check_structure("buf_block_t", block.size, &fields)?;
-        self.check_structure(
-            "fil_space_t",
-            LARGEST_STRUCTURE,
-            &[
-                ("id", space.id, 4),
-                ("version", space.version, 4),
-                ("deleted", space.deleted, 1),
-                ("flags", space.flags, 4),
-            ],
-        )?;
-        self.check_structure("fil_node_t", LARGEST_STRUCTURE, &[("space", node.space, 8)])?;
-        if values.io_fix_none == values.io_fix_read {
-            return Err(CatalogueError::Values {
-                build_id: self.build_id.clone(),
-                value: values.io_fix_none,
-            });
-        }
-        Ok(())
-    }
-
     /// All symbols, with the fields that have them.
     pub fn names(&self) -> [(&'static str, &str); 11] {
         let Variables { pools, pool_count, page_size } = &self.variables;
@@ -609,51 +399,6 @@ impl Build {
             ("chunk_deallocate", &functions.chunk_deallocate),
         ]
     }
-
-    fn check_structure(
-        &self,
-        structure: &'static str,
-        size: usize,
-        fields: &[Field],
-    ) -> Result<(), CatalogueError> {
-        let build_id = || self.build_id.clone();
-        for (field, offset, bytes) in fields.iter().copied() {
-            let inside =
-                size <= LARGEST_STRUCTURE && offset.checked_add(bytes).is_some_and(|end| end <= size);
-            if !inside {
-                return Err(CatalogueError::Outside { build_id: build_id(), structure, offset, bytes, size });
-            }
-            if !offset.is_multiple_of(bytes) {
-                return Err(CatalogueError::Misaligned {
-                    build_id: build_id(),
-                    structure,
-                    field,
-                    offset,
-                    bytes,
-                });
-            }
-        }
-        for (index, (first, start, bytes)) in fields.iter().enumerate() {
-            let over = fields.iter().skip(index + 1).find(|(_, other, other_bytes)| {
-                // All ends lie inside the structure, so nothing overflows.
-                *start < other + other_bytes && *other < start + bytes
-            });
-            if let Some((second, _, _)) = over {
-                return Err(CatalogueError::Overlap { build_id: build_id(), structure, first, second });
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Whether a text can be shown on a terminal in one line.
-fn is_printable(text: &str) -> bool {
-    !text.is_empty() && text.len() <= LONGEST_NAME && text.bytes().all(|byte| matches!(byte, b' '..=b'~'))
-}
-
-/// The beginning of a text, for a message.
-fn cut(text: &str) -> String {
-    text.chars().take(60).collect()
 }
 
 #[cfg(test)]
