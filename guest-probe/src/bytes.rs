@@ -26,3 +26,7 @@ reader!(
     /// As InnoDB's files have it.
     u32_be, u32, from_be_bytes
 );
+reader!(
+    /// As InnoDB's files have it.
+    u64_be, u64, from_be_bytes
+);

@@ -9,14 +9,18 @@ use std::os::unix::fs::FileExt;
 
 use goblin::container::{Container, Ctx, Endian};
 use goblin::elf::header::{ELFCLASS64, ELFDATA2LSB, EM_X86_64, Header as AnyHeader};
-use goblin::elf::program_header::{PT_LOAD, PT_NOTE, ProgramHeader};
-use goblin::elf::section_header::{SHT_DYNSYM, SectionHeader};
+use goblin::elf::program_header::{PF_X, PT_GNU_EH_FRAME, PT_LOAD, PT_NOTE, ProgramHeader};
+use goblin::elf::section_header::{SHT_DYNSYM, SHT_SYMTAB, SectionHeader};
 use thiserror::Error;
 
 use crate::bytes::{u32_le, u64_le};
 
 /// No table in the file may be larger than this.
 const LARGEST_TABLE: u64 = 64 << 20;
+/// No more symbols than these are found by a pattern: a mangled name can be long.
+const MOST_FOUND: usize = 4096;
+/// No name is longer: the longest in Debian's mysqld has about 3,000 bytes. A file without any NUL would be searched through for each.
+const LONGEST_NAME: usize = 16 << 10;
 /// Bytes that are looked at to place a probe.
 const ENTRY_BYTES: usize = 6;
 const HEADER_BYTES: usize = 64;
@@ -108,6 +112,28 @@ pub struct Place {
     pub address: u64,
 }
 
+/// A defined symbol.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Symbol {
+    /// Its name, as the linker has it.
+    pub name: String,
+    /// Its address, relative to the load address.
+    pub address: u64,
+    /// Bytes, as far as the linker knows.
+    pub bytes: u64,
+}
+
+/// A part of the file that is loaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Its address, relative to the load address.
+    pub address: u64,
+    /// Bytes of it in the file.
+    pub bytes: u64,
+    /// Whether it is code.
+    pub executable: bool,
+}
+
 /// Where a probe goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProbePlace {
@@ -173,25 +199,22 @@ impl<'f, F: ReadAt + ?Sized> Elf<'f, F> {
         loaded.map(|segment| segment.p_vaddr.wrapping_sub(segment.p_offset)).min().unwrap_or(0)
     }
 
-    /// Finds dynamic symbols by name, all in one pass.
+    /// Finds symbols by name, all in one pass over the dynamic symbols; where one is missing there, over all symbols, which only a
+    /// file that was not stripped has.
     ///
     /// # Errors
     /// [`ElfError::NoSymbol`] for the first that is missing, or a failed read.
     pub fn symbols(&self, names: &[&str]) -> Result<Vec<Place>, ElfError> {
         let mut found: HashMap<&str, u64> = HashMap::new();
-        for section in self.sections.iter().filter(|section| section.sh_type == SHT_DYNSYM) {
-            let Some(strings) = self.sections.get(section.sh_link as usize) else { continue };
-            let strings = read(self.file, strings.sh_offset, strings.sh_size)?;
-            let symbols = read(self.file, section.sh_offset, section.sh_size)?;
-            for symbol in symbols.chunks_exact(SYMBOL_BYTES) {
-                let (Some(name), Some(address)) = (u32_le(symbol, 0), u64_le(symbol, 8)) else { continue };
-                let rest = strings.get(name as usize..).unwrap_or_default();
-                let wanted = names
-                    .iter()
-                    .find(|name| rest.get(name.len()) == Some(&0) && rest.starts_with(name.as_bytes()));
-                if let (Some(name), true) = (wanted, address != 0) {
-                    found.insert(name, address);
+        for kind in [SHT_DYNSYM, SHT_SYMTAB] {
+            self.each_symbol(kind, |name, address, _| {
+                let wanted = names.iter().find(|wanted| wanted.as_bytes() == name);
+                if let Some(wanted) = wanted {
+                    found.insert(wanted, address);
                 }
+            })?;
+            if found.len() >= names.len() {
+                break;
             }
         }
         names
@@ -205,6 +228,97 @@ impl<'f, F: ReadAt + ?Sized> Elf<'f, F> {
             .collect()
     }
 
+    /// The defined symbols that are wanted; of those of one name, one. Dynamic ones, and where there is none of them, others.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub fn symbols_where(&self, wanted: impl Fn(&[u8]) -> bool) -> Result<Vec<Symbol>, ElfError> {
+        let mut found: Vec<Symbol> = Vec::new();
+        for kind in [SHT_DYNSYM, SHT_SYMTAB] {
+            self.each_symbol(kind, |name, address, bytes| {
+                if wanted(name)
+                    && found.len() < MOST_FOUND
+                    && let Ok(name) = std::str::from_utf8(name)
+                {
+                    found.push(Symbol { name: name.to_owned(), address, bytes });
+                }
+            })?;
+            if !found.is_empty() {
+                break;
+            }
+        }
+        found.sort_by(|left, right| (&left.name, left.address).cmp(&(&right.name, right.address)));
+        found.dedup_by(|left, right| left.name == right.name);
+        Ok(found)
+    }
+
+    /// How many symbols of either kind it has: dynamic ones, and all.
+    ///
+    /// # Errors
+    /// A failed read.
+    pub fn symbol_counts(&self) -> Result<(u64, u64), ElfError> {
+        let (mut dynamic, mut all) = (0, 0);
+        self.each_symbol(SHT_DYNSYM, |_, _, _| dynamic += 1)?;
+        self.each_symbol(SHT_SYMTAB, |_, _, _| all += 1)?;
+        Ok((dynamic, all))
+    }
+
+    /// Hands out name, address and size of each defined symbol in the tables of one kind.
+    fn each_symbol(&self, kind: u32, mut each: impl FnMut(&[u8], u64, u64)) -> Result<(), ElfError> {
+        for section in self.sections.iter().filter(|section| section.sh_type == kind) {
+            let Some(strings) = self.sections.get(section.sh_link as usize) else { continue };
+            let strings = read(self.file, strings.sh_offset, strings.sh_size)?;
+            let symbols = read(self.file, section.sh_offset, section.sh_size)?;
+            for symbol in symbols.chunks_exact(SYMBOL_BYTES) {
+                let fields = (u32_le(symbol, 0), u64_le(symbol, 8), u64_le(symbol, 16));
+                let (Some(name), Some(address), Some(bytes)) = fields else { continue };
+                let rest = strings.get(name as usize..).unwrap_or_default();
+                let rest = rest.get(..LONGEST_NAME).unwrap_or(rest);
+                if let (Some(end), true) = (rest.iter().position(|byte| *byte == 0), address != 0) {
+                    each(&rest[..end], address, bytes);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The parts that are loaded from the file.
+    pub fn loaded_parts(&self) -> impl Iterator<Item = Part> + '_ {
+        self.segments.iter().filter(|segment| segment.p_type == PT_LOAD).map(|segment| Part {
+            address: segment.p_vaddr,
+            bytes: segment.p_filesz,
+            executable: segment.p_flags & PF_X != 0,
+        })
+    }
+
+    /// Address and size of the index of the exception tables, `.eh_frame_hdr`.
+    pub fn exception_index(&self) -> Option<(u64, u64)> {
+        let segment = self.segments.iter().find(|segment| segment.p_type == PT_GNU_EH_FRAME)?;
+        Some((segment.p_vaddr, segment.p_filesz))
+    }
+
+    /// Some bytes of a loaded part of the file, by address; fewer where that part ends.
+    ///
+    /// # Errors
+    /// [`ElfError::NotInFile`] or a failed read.
+    pub fn bytes_at(&self, symbol: &str, address: u64, most: u64) -> Result<Vec<u8>, ElfError> {
+        let (file_offset, left) = self.locate(symbol, address)?;
+        read(self.file, file_offset, left.min(most))
+    }
+
+    /// Where an address lies in the file, and how many bytes of its part follow.
+    fn locate(&self, symbol: &str, address: u64) -> Result<(u64, u64), ElfError> {
+        let loaded = self.segments.iter().filter(|segment| segment.p_type == PT_LOAD);
+        loaded
+            .filter_map(|segment| {
+                let into = address.checked_sub(segment.p_vaddr)?;
+                let left = segment.p_filesz.checked_sub(into).filter(|left| *left > 0)?;
+                Some((segment.p_offset.checked_add(into)?, left))
+            })
+            .next()
+            .ok_or_else(|| ElfError::NotInFile { symbol: symbol.to_owned(), address })
+    }
+
     /// Where to probe a function: at the `push` that begins it, behind the `endbr64` where there is one, for the kernel emulates a
     /// `push` and single-steps nearly everything else. All arguments and the return address are still in place there. At
     /// the function's first byte when it does not begin so.
@@ -212,21 +326,8 @@ impl<'f, F: ReadAt + ?Sized> Elf<'f, F> {
     /// # Errors
     /// [`ElfError::NotInFile`] or a failed read.
     pub fn probe_place(&self, symbol: &str, place: Place) -> Result<ProbePlace, ElfError> {
-        let segment = self
-            .segments
-            .iter()
-            .filter(|segment| segment.p_type == PT_LOAD)
-            .find(|segment| {
-                let into = place.address.checked_sub(segment.p_vaddr);
-                into.is_some_and(|into| into < segment.p_filesz)
-            })
-            .ok_or_else(|| ElfError::NotInFile { symbol: symbol.to_owned(), address: place.address })?;
-        let into = place.address - segment.p_vaddr;
-        let file_offset = segment
-            .p_offset
-            .checked_add(into)
-            .ok_or_else(|| ElfError::NotInFile { symbol: symbol.to_owned(), address: place.address })?;
-        let bytes = read(self.file, file_offset, (segment.p_filesz - into).min(ENTRY_BYTES as u64))?;
+        let bytes = self.bytes_at(symbol, place.address, ENTRY_BYTES as u64)?;
+        let (file_offset, _) = self.locate(symbol, place.address)?;
         let (skip, emulated) = push_at(&bytes).map_or((0, false), |skip| (skip, true));
         Ok(ProbePlace {
             file_offset: file_offset + skip,

@@ -39,6 +39,8 @@ pub enum Exit {
     OtherProbe = 8,
     /// The configuration cannot be used.
     Configuration = 9,
+    /// `doctor` found something missing, or `catalogue add` is not sure.
+    NotUsable = 10,
 }
 
 impl Exit {

@@ -1,5 +1,6 @@
 //! FIEMAP: where a file's bytes lie in its file system's device.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -7,6 +8,7 @@ use std::os::fd::AsRawFd;
 use thiserror::Error;
 
 use crate::bytes::{u32_le, u64_le};
+use crate::left_out::LeftOut;
 
 const HEADER_BYTES: usize = 32;
 const EXTENT_BYTES: usize = 56;
@@ -19,9 +21,23 @@ const MOST_EXTENTS: usize = 524_288;
 const FS_IOC_FIEMAP: libc::c_ulong = 0xC020_660B;
 
 const LAST: u32 = 0x1;
-/// Flags of linux/fiemap.h after which the bytes are not, or not yet, or not as they are, at the physical place: UNKNOWN, DELALLOC,
-/// ENCODED, DATA_ENCRYPTED, NOT_ALIGNED, DATA_INLINE, DATA_TAIL, UNWRITTEN.
-const FORBIDDEN: u32 = 0x2 | 0x4 | 0x8 | 0x80 | 0x100 | 0x200 | 0x400 | 0x800;
+/// Flags of linux/fiemap.h after which no reference may name the place, and why: the bytes are not there, not yet, not as they are,
+/// or not for long. The first that is set is the reason. A shared extent (SHARED) has the right bytes now; but a page that is flushed
+/// after the lists were made goes elsewhere, where one that shares nothing is written in place and a reference to it stays right.
+const FORBIDDEN: [(u32, LeftOut); 6] = [
+    // DELALLOC, UNKNOWN
+    (0x4 | 0x2, LeftOut::NotPlaced),
+    // DATA_ENCRYPTED, ENCODED
+    (0x80 | 0x8, LeftOut::Encoded),
+    // DATA_INLINE, DATA_TAIL
+    (0x200 | 0x400, LeftOut::Inline),
+    // NOT_ALIGNED
+    (0x100, LeftOut::Inline),
+    // UNWRITTEN
+    (0x800, LeftOut::Unwritten),
+    // SHARED
+    (0x2000, LeftOut::Shared),
+];
 
 /// A piece of a file that lies in one piece on its device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,11 +50,24 @@ pub struct Extent {
     pub length: u64,
 }
 
-/// The extents of a file that can be read from the device, by offset, none overlapping another. What is in none of them is a hole,
-/// not written yet, or not there as it is.
+impl Extent {
+    /// Offset in the file behind it. No extent of a map overflows: its answer was checked.
+    const fn end(&self) -> u64 {
+        self.logical.saturating_add(self.length)
+    }
+}
+
+/// The extents of a file by offset, none overlapping another. What is in none of them is a hole.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ExtentMap {
-    extents: Vec<Extent>,
+    extents: Vec<Placed>,
+}
+
+/// An extent, and whether its place may be named.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Placed {
+    extent: Extent,
+    unfit: Option<LeftOut>,
 }
 
 /// Why a file cannot be mapped.
@@ -96,39 +125,45 @@ impl ExtentMap {
             }
             end = extent_end;
             last = flags & LAST != 0;
-            if flags & FORBIDDEN == 0 {
-                if self.extents.last().is_some_and(|before| before.logical + before.length > extent.logical) {
-                    return Err(wrong);
-                }
-                self.push(extent)?;
+            if self.extents.last().is_some_and(|before| before.extent.end() > extent.logical) {
+                return Err(wrong);
             }
+            let unfit = FORBIDDEN.iter().find(|(flag, _)| flags & flag != 0).map(|(_, reason)| *reason);
+            self.push(Placed { extent, unfit })?;
         }
         Ok((!last).then_some(end))
     }
 
-    fn push(&mut self, extent: Extent) -> Result<(), FiemapError> {
+    fn push(&mut self, placed: Placed) -> Result<(), FiemapError> {
         if let Some(before) = self.extents.last_mut()
-            && before.logical + before.length == extent.logical
-            && before.physical + before.length == extent.physical
+            && before.unfit == placed.unfit
+            && before.extent.end() == placed.extent.logical
+            && before.extent.physical + before.extent.length == placed.extent.physical
         {
-            before.length += extent.length;
+            before.extent.length += placed.extent.length;
             return Ok(());
         }
         if self.extents.len() == MOST_EXTENTS {
             return Err(FiemapError::TooMany);
         }
-        self.extents.push(extent);
+        self.extents.push(placed);
         Ok(())
     }
 
-    /// Hands out the pieces that a range of the file lies in. Returns whether they cover it all.
-    pub fn pieces(&self, logical: u64, length: u64, mut each: impl FnMut(Extent)) -> bool {
-        let Some(end) = logical.checked_add(length) else { return false };
+    /// Hands out the pieces that a range of the file lies in.
+    ///
+    /// # Errors
+    /// [`LeftOut`] with the reason when the range does not lie on the device as a whole; some pieces may have been handed out.
+    pub fn pieces(&self, logical: u64, length: u64, mut each: impl FnMut(Extent)) -> Result<(), LeftOut> {
+        let end = logical.checked_add(length).ok_or(LeftOut::BeyondFile)?;
         let mut at = logical;
-        let first = self.extents.partition_point(|extent| extent.logical + extent.length <= logical);
-        for extent in self.extents.get(first..).unwrap_or_default() {
+        let first = self.extents.partition_point(|placed| placed.extent.end() <= logical);
+        for Placed { extent, unfit } in self.extents.get(first..).unwrap_or_default() {
             if extent.logical > at || at >= end {
                 break;
+            }
+            if let Some(reason) = unfit {
+                return Err(*reason);
             }
             let piece_end = end.min(extent.logical + extent.length);
             each(Extent {
@@ -138,7 +173,7 @@ impl ExtentMap {
             });
             at = piece_end;
         }
-        at >= end
+        if at >= end { Ok(()) } else { Err(LeftOut::Hole) }
     }
 
     /// Pieces in all.
@@ -146,9 +181,22 @@ impl ExtentMap {
         self.extents.len()
     }
 
-    /// Whether nothing can be read.
+    /// Whether the file has none.
     pub fn is_empty(&self) -> bool {
         self.extents.is_empty()
+    }
+
+    /// Bytes of the file that may be named, and bytes that may not, by reason.
+    pub fn bytes(&self) -> (u64, BTreeMap<LeftOut, u64>) {
+        let (mut fit, mut unfit) = (0_u64, BTreeMap::new());
+        for placed in &self.extents {
+            let sum = match placed.unfit {
+                None => &mut fit,
+                Some(reason) => unfit.entry(reason).or_default(),
+            };
+            *sum = sum.saturating_add(placed.extent.length);
+        }
+        (fit, unfit)
     }
 }
 
@@ -197,7 +245,9 @@ mod tests {
         bytes
     }
 
-    fn pieces(map: &ExtentMap, logical: u64, length: u64) -> (Vec<(u64, u64)>, bool) {
+    type Pieces = (Vec<(u64, u64)>, Result<(), LeftOut>);
+
+    fn pieces(map: &ExtentMap, logical: u64, length: u64) -> Pieces {
         let mut pieces = Vec::new();
         let whole = map.pieces(logical, length, |piece| pieces.push((piece.physical, piece.length)));
         (pieces, whole)
@@ -209,19 +259,33 @@ mod tests {
         let extents =
             [(0, 0x10_0000, 0x5000, 0), (0x5000, 0x40_0000, 0x3000, 0), (0x9000, 0x80_0000, 0x4000, LAST)];
         assert_eq!(map.add_answer(&answer(&extents), 0).unwrap(), None);
-        assert_eq!(pieces(&map, 0, 0x4000), (vec![(0x10_0000, 0x4000)], true));
-        assert_eq!(pieces(&map, 0x4000, 0x4000), (vec![(0x10_4000, 0x1000), (0x40_0000, 0x3000)], true));
+        assert_eq!(pieces(&map, 0, 0x4000), (vec![(0x10_0000, 0x4000)], Ok(())));
+        assert_eq!(pieces(&map, 0x4000, 0x4000), (vec![(0x10_4000, 0x1000), (0x40_0000, 0x3000)], Ok(())));
         // A hole from 0x8000 to 0x9000.
-        assert!(!pieces(&map, 0x8000, 0x4000).1);
-        assert!(!pieces(&map, 0xc000, 0x4000).1);
+        assert_eq!(pieces(&map, 0x8000, 0x4000).1, Err(LeftOut::Hole));
+        assert_eq!(pieces(&map, 0xc000, 0x4000).1, Err(LeftOut::Hole));
     }
 
     #[test]
-    fn extents_whose_bytes_are_elsewhere_are_holes() {
-        for flag in [0x2, 0x4, 0x8, 0x80, 0x100, 0x200, 0x400, 0x800] {
+    fn extents_whose_bytes_are_elsewhere_are_left_out_with_the_reason() {
+        for (flag, reason) in [
+            (0x2, LeftOut::NotPlaced),
+            (0x4 | 0x2, LeftOut::NotPlaced),
+            (0x8, LeftOut::Encoded),
+            (0x80 | 0x8, LeftOut::Encoded),
+            (0x100, LeftOut::Inline),
+            (0x200 | 0x100, LeftOut::Inline),
+            (0x400 | 0x100, LeftOut::Inline),
+            (0x800, LeftOut::Unwritten),
+            (0x2000, LeftOut::Shared),
+        ] {
             let mut map = ExtentMap::default();
-            map.add_answer(&answer(&[(0, 0x10_0000, 0x4000, flag | LAST)]), 0).unwrap();
-            assert!(map.is_empty(), "flag {flag:#x}");
+            let extents = [(0, 0x10_0000, 0x4000, flag), (0x4000, 0x10_4000, 0x4000, LAST | 0x1000)];
+            map.add_answer(&answer(&extents), 0).unwrap();
+            assert_eq!(pieces(&map, 0, 0x4000).1, Err(reason), "flag {flag:#x}");
+            assert_eq!(pieces(&map, 0x2000, 0x4000).1, Err(reason), "flag {flag:#x}");
+            assert_eq!(pieces(&map, 0x4000, 0x4000).1, Ok(()), "MERGED forbids nothing");
+            assert_eq!(map.bytes(), (0x4000, [(reason, 0x4000)].into()));
         }
     }
 
@@ -231,7 +295,7 @@ mod tests {
         assert_eq!(map.add_answer(&answer(&[(0, 0x1000, 0x1000, 0)]), 0).unwrap(), Some(0x1000));
         assert_eq!(map.add_answer(&answer(&[(0x1000, 0x2000, 0x1000, LAST)]), 0x1000).unwrap(), None);
         assert_eq!(map.len(), 1);
-        assert_eq!(pieces(&map, 0, 0x2000), (vec![(0x1000, 0x2000)], true));
+        assert_eq!(pieces(&map, 0, 0x2000), (vec![(0x1000, 0x2000)], Ok(())));
     }
 
     #[test]
@@ -240,7 +304,7 @@ mod tests {
         std::io::Write::write_all(&mut file, &[7; 20_000]).unwrap();
         file.sync_all().unwrap();
         match ExtentMap::of(&file) {
-            Ok(map) => assert!(map.pieces(0, 20_000, |_| {}), "{map:?}"),
+            Ok(map) => assert_eq!(map.pieces(0, 20_000, |_| {}), Ok(()), "{map:?}"),
             Err(error) => assert!(matches!(error, FiemapError::Ioctl(_)), "{error}"),
         }
     }
@@ -262,7 +326,7 @@ mod tests {
                 let mut sum = 0;
                 let whole = map.pieces(logical, length, |piece| sum += piece.length);
                 prop_assert!(sum <= length);
-                prop_assert_eq!(whole, sum == length);
+                prop_assert_eq!(whole.is_ok(), sum == length);
             }
         }
     }

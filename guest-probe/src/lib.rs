@@ -20,8 +20,11 @@ pub mod catalogue;
 pub mod config;
 pub mod control_blocks;
 pub mod coverage;
+pub mod derive;
 pub mod device;
 pub mod disk;
+pub mod dm;
+pub mod doctor;
 pub mod elf;
 #[path = "../../guest-probe-ebpf/src/event.rs"]
 pub mod event;

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use clap::{Parser, Subcommand};
+use guest_probe::catalogue::{Catalogue, OWN_DIR};
 use guest_probe::config::{Config, Mode};
 use guest_probe::device::ModuleDevice;
+use guest_probe::doctor::{self, Subject};
 use guest_probe::exit::Exit;
 use guest_probe::privileges;
 use guest_probe::report;
@@ -90,6 +92,88 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Explain whether a mysqld can be served: its build, each symbol and offset and how sure it is, each data file's place, this machine
+    ///
+    /// Exit codes: 0 when `run` would do its work, 4 when something is missing (the last lines say what) or there is no mysqld to look at.
+    Doctor {
+        /// The mysqld to look at; needed when more than one runs
+        #[arg(long, value_name = "N")]
+        pid: Option<i32>,
+        /// A program file, where none runs
+        #[arg(long, value_name = "FILE", conflicts_with = "pid")]
+        binary: Option<PathBuf>,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+        /// The kernel module's device
+        #[arg(long, value_name = "PATH", default_value = enlightenment::device::DEVICE_PATH)]
+        device: PathBuf,
+    },
+    /// The builds of mysqld that are known
+    #[command(subcommand)]
+    Catalogue(CatalogueCommand),
+}
+
+#[derive(Subcommand)]
+enum CatalogueCommand {
+    /// Show them
+    List,
+    /// Make an entry for an unknown build, from a server of it that runs under some load; refuses when anything is unsure (exit code 10)
+    Add {
+        /// The program file; a running process of the same build is looked at
+        #[arg(value_name = "BINARY", required_unless_present = "pid", conflicts_with = "pid")]
+        binary: Option<PathBuf>,
+        /// The running mysqld
+        #[arg(long, value_name = "N")]
+        pid: Option<i32>,
+        /// Where to write; /etc/poolskip/catalogue.d/BUILD_ID.toml when not given
+        #[arg(short, long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
+}
+
+fn catalogue(command: CatalogueCommand) -> Result<Exit> {
+    match command {
+        CatalogueCommand::List => {
+            for build in Catalogue::installed()?.builds() {
+                println!("{}  {}", build.build_id, build.package);
+            }
+            Ok(Exit::Success)
+        }
+        CatalogueCommand::Add { binary, pid, output } => {
+            let subject = binary.map_or(Subject::Process(pid), Subject::Binary);
+            let build = match doctor::make_entry(&subject) {
+                Ok(build) => build,
+                Err(error) => return Ok(refuse(&error)),
+            };
+            // A second entry would make the whole catalogue unusable.
+            if output.is_none() && Catalogue::installed()?.find(&build.build_id).is_ok() {
+                return Err(anyhow!(
+                    "{} is in the catalogue already; -o FILE writes what was found out elsewhere",
+                    build.build_id
+                ));
+            }
+            let path =
+                output.unwrap_or_else(|| PathBuf::from(OWN_DIR).join(format!("{}.toml", build.build_id)));
+            if let Some(dir) = path.parent() {
+                std::fs::create_dir_all(dir)
+                    .map_err(|error| anyhow!("cannot make {}: {error}", dir.display()))?;
+            }
+            // Under its name it is whole or not at all.
+            let partial = path.with_extension("partial");
+            std::fs::write(&partial, build.to_toml()?)
+                .and_then(|()| std::fs::rename(&partial, &path))
+                .map_err(|error| anyhow!("cannot write {}: {error}", path.display()))?;
+            println!("{} is known now: {}", build.build_id, path.display());
+            Ok(Exit::Success)
+        }
+    }
+}
+
+/// What cannot be looked at is not usable either.
+fn refuse(error: &doctor::DoctorError) -> Exit {
+    eprintln!("guest-probe: {error}");
+    Exit::NotUsable
 }
 
 fn main() -> ExitCode {
@@ -153,5 +237,19 @@ fn run(command: Command) -> Result<Exit> {
             }
             Ok(Exit::Success)
         }
+        Command::Doctor { pid, binary, json, device } => {
+            let subject = binary.map_or(Subject::Process(pid), Subject::Binary);
+            let report = match doctor::look(&subject, &Catalogue::installed()?, &device) {
+                Ok(report) => report,
+                Err(error) => return Ok(refuse(&error)),
+            };
+            if json {
+                println!("{}", serde_json::to_string_pretty(&report)?);
+            } else {
+                print!("{report}");
+            }
+            Ok(if report.is_usable() { Exit::Success } else { Exit::NotUsable })
+        }
+        Command::Catalogue(command) => catalogue(command),
     }
 }

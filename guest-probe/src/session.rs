@@ -103,7 +103,7 @@ impl Server {
     pub fn open(process: MysqldProcess) -> Result<Self, SessionError> {
         let exe = process.exe()?;
         let elf = Elf::parse(&exe)?;
-        let build = Catalogue::built_in()?.find(&elf.build_id()?)?.clone();
+        let build = Catalogue::installed()?.find(&elf.build_id()?)?.clone();
         let bias = process.load_address()?.wrapping_sub(elf.first_address());
         let names = &build.variables;
         let [pools, pool_count, page_size] =

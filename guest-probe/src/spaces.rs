@@ -138,6 +138,11 @@ impl Spaces {
         self.by_id.get(&space)?.as_ref()
     }
 
+    /// Whether two files claim a tablespace.
+    pub fn is_claimed_twice(&self, space: u32) -> bool {
+        matches!(self.by_id.get(&space), Some(None))
+    }
+
     /// All files that are known, by tablespace.
     pub fn iter(&self) -> impl Iterator<Item = &SpaceFile> {
         self.by_id.values().flatten()

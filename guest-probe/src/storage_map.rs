@@ -1,17 +1,22 @@
-//! From a page of a tablespace to its place on the whole disk: file, extents, file system's device, partition.
+//! From a page of a tablespace to its place on the whole disk: file, extents, file system's device, partition or volume, disk.
 //!
-//! Made anew for each answer, because files move and holes fill up; each file is asked once, when a page of it comes by.
+//! Made anew for each answer, because files grow, move and are replaced, holes fill up and volumes are extended; each file is asked
+//! once, when a page of it comes by, and each device too. What the answer before knew is never used. Files that are new, renamed or gone
+//! are the matter of [`Spaces`]; [`StorageMap::found_moved_file`] says when they should be looked for again.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::fd::AsRawFd;
 
 use enlightenment::{PAGE_SIZE, Vdev};
+use nix::sys::statfs::fstatfs;
 
-use crate::disk::Disks;
+use crate::disk::{DeviceNumber, DiskPlace, Disks};
 use crate::fiemap::ExtentMap;
 use crate::frame_table::{PAGE_BYTES, PageId};
 use crate::left_out::LeftOut;
-use crate::spaces::{SpaceFlags, Spaces};
+use crate::spaces::{SpaceFile, SpaceFlags, Spaces};
 
 /// Which disks count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,10 +45,18 @@ struct MappedFile {
     extents: ExtentMap,
     /// Pages of InnoDB in the file.
     pages: u64,
-    vdev: Vdev,
-    start: u64,
-    disk_bytes: u64,
+    device: DeviceNumber,
 }
+
+/// `FS_IOC_FSGETXATTR`: `_IOR('X', 31, struct fsxattr)`, from linux/fs.h.
+const FS_IOC_FSGETXATTR: libc::c_ulong = 0x801C_581F;
+/// `FS_XFLAG_REALTIME`: the bytes are on another device than the one that `st_dev` names.
+const XFLAG_REALTIME: u32 = 1;
+/// Words of a `struct fsxattr`; the flags are the first.
+const FSXATTR_WORDS: usize = 7;
+/// Magic numbers of linux/magic.h: ext2, ext3 and ext4 share theirs.
+const EXT_MAGIC: i64 = 0xEF53;
+const XFS_MAGIC: i64 = 0x5846_5342;
 
 /// Places of pages, for one answer.
 pub struct StorageMap<'a> {
@@ -56,6 +69,7 @@ pub struct StorageMap<'a> {
 impl<'a> StorageMap<'a> {
     /// No file was asked yet.
     pub fn new(spaces: &'a Spaces, disks: &'a mut Disks, rule: DiskRule) -> Self {
+        disks.forget();
         Self { spaces, disks, rule, files: HashMap::new() }
     }
 
@@ -75,36 +89,51 @@ impl<'a> StorageMap<'a> {
             return Err(LeftOut::BeyondFile);
         }
         let in_file = u64::from(page.page) * PAGE_BYTES;
-        let mut outside = false;
-        let whole = file.extents.pieces(in_file, PAGE_BYTES, |extent| {
-            let disk_offset = file.start.checked_add(extent.physical);
-            let end = disk_offset.and_then(|offset| offset.checked_add(extent.length));
-            outside |= end.is_none_or(|end| end > file.disk_bytes);
-            // Cut to whole guest pages of the file.
-            let into = extent.logical - in_file;
-            let offset = into.next_multiple_of(PAGE_SIZE as u64);
-            let pages = (into + extent.length).saturating_sub(offset) / PAGE_SIZE as u64;
-            let disk_offset = disk_offset.unwrap_or_default().saturating_add(offset - into);
-            if pages > 0 && disk_offset.is_multiple_of(512) {
-                pieces.push(DiskPiece { offset, vdev: file.vdev, disk_offset, pages: pages as u16 });
-            }
-        });
-        let reason = if !whole {
-            LeftOut::Hole
-        } else if outside {
-            LeftOut::BeyondDisk
-        } else if pieces.is_empty() {
-            LeftOut::Misaligned
-        } else {
-            return Ok(());
-        };
-        pieces.clear();
-        Err(reason)
+        let device = self.disks.map(file.device)?;
+        let mut outcome = Ok(());
+        file.extents
+            .pieces(in_file, PAGE_BYTES, |extent| {
+                let found = device.pieces(extent.physical, extent.length, |piece| {
+                    let place = match name_of(piece.place, self.rule) {
+                        Ok(vdev) => vdev,
+                        Err(reason) => return outcome = Err(reason),
+                    };
+                    // Cut to whole guest pages of the file.
+                    let into = extent.logical - in_file + piece.into;
+                    let offset = into.next_multiple_of(PAGE_SIZE as u64);
+                    let pages = (into + piece.length).saturating_sub(offset) / PAGE_SIZE as u64;
+                    let disk_offset = piece.disk_offset.saturating_add(offset - into);
+                    if pages > 0 && disk_offset.is_multiple_of(512) {
+                        pieces.push(DiskPiece { offset, vdev: place, disk_offset, pages: pages as u16 });
+                    }
+                });
+                if outcome.is_ok() {
+                    outcome = found;
+                }
+            })
+            .and(outcome)
+            .and(if pieces.is_empty() { Err(LeftOut::Misaligned) } else { Ok(()) })
+            .inspect_err(|_| pieces.clear())
     }
 
-    /// Whether a file that is known could not be opened: its name has changed since the last scan.
+    /// Whether files should be looked for again, since the last scan is behind: one has another name now or is another file (renamed,
+    /// dropped, made anew by `ALTER` or `TRUNCATE`), or a page is of a tablespace that no file was seen of. This is how a caller
+    /// learns of it where no event told; a file that grew or shrank needs no scan, its size and extents are asked for each answer.
     pub fn found_moved_file(&self) -> bool {
-        self.files.values().any(|file| matches!(file, Err(LeftOut::FileGone)))
+        self.files.iter().any(|(space, file)| match file {
+            Err(LeftOut::FileGone) => true,
+            // Of one that two files claim another scan would find no more.
+            Err(LeftOut::NoFile) => !self.spaces.is_claimed_twice(*space),
+            _ => false,
+        })
+    }
+
+    /// How a file lies on disk: bytes that may be named, and bytes that may not, by reason. What its pages are like is not asked.
+    ///
+    /// # Errors
+    /// [`LeftOut`] where nothing of it may.
+    pub fn bytes_of(&mut self, file: &SpaceFile) -> Result<(u64, BTreeMap<LeftOut, u64>), LeftOut> {
+        Ok(map_known_file(file, self.disks, self.rule)?.extents.bytes())
     }
 }
 
@@ -126,20 +155,51 @@ fn map_file(spaces: &Spaces, disks: &mut Disks, rule: DiskRule, space: u32) -> R
     if let Some(reason) = unfit(known.header.flags) {
         return Err(reason);
     }
-    let place = disks.get(known.device).ok_or(LeftOut::NoDisk)?;
-    let vdev = match (place.vdev, rule) {
-        (Some(vdev), _) => vdev,
-        (None, DiskRule::Any) => Vdev(place.device.major << 20 | place.device.minor),
-        (None, DiskRule::Xen) => return Err(LeftOut::NotXen),
-    };
+    map_known_file(known, disks, rule)
+}
+
+fn map_known_file(known: &SpaceFile, disks: &mut Disks, rule: DiskRule) -> Result<MappedFile, LeftOut> {
+    // Asked here for the reason that holds for all its pages; the pieces ask again.
+    let device = disks.map(known.device)?;
+    if let Some(place) = device.first() {
+        name_of(place, rule)?;
+    }
     let file = known.open().map_err(|error| {
         tracing::debug!(%error, name = %known.name.display(), "a data file cannot be opened");
         LeftOut::FileGone
     })?;
     let bytes = file.metadata().map_err(|_| LeftOut::FileGone)?.len();
+    if let Some(reason) = unfit_file_system(&file) {
+        return Err(reason);
+    }
     let extents = ExtentMap::of(&file).map_err(|error| {
         tracing::warn!(%error, name = %known.name.display(), "pages of a data file are not listed");
         LeftOut::Unmappable
     })?;
-    Ok(MappedFile { extents, pages: bytes / PAGE_BYTES, vdev, start: place.start, disk_bytes: place.bytes })
+    Ok(MappedFile { extents, pages: bytes / PAGE_BYTES, device: known.device })
+}
+
+/// What a disk is called in the lists.
+fn name_of(place: &DiskPlace, rule: DiskRule) -> Result<Vdev, LeftOut> {
+    match (place.vdev, rule) {
+        (Some(vdev), _) => Ok(vdev),
+        (None, DiskRule::Any) => Ok(Vdev(place.device.major << 20 | place.device.minor)),
+        (None, DiskRule::Xen) => Err(LeftOut::NotXen),
+    }
+}
+
+/// Why what FIEMAP says of a file is no place on its file system's device. Only file systems that were tried are believed: others
+/// answer with places in an address space of their own (btrfs), or spread over several devices (f2fs).
+fn unfit_file_system(file: &File) -> Option<LeftOut> {
+    let Ok(stat) = fstatfs(file) else { return Some(LeftOut::Unmappable) };
+    match stat.filesystem_type().0 {
+        EXT_MAGIC => None,
+        XFS_MAGIC => {
+            let mut attributes = [0_u32; FSXATTR_WORDS];
+            // SAFETY: the buffer has the 28 bytes of a struct fsxattr and lives through the call.
+            let result = unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FSGETXATTR, attributes.as_mut_ptr()) };
+            (result < 0 || attributes[0] & XFLAG_REALTIME != 0).then_some(LeftOut::Realtime)
+        }
+        _ => Some(LeftOut::OtherFileSystem),
+    }
 }

@@ -8,6 +8,7 @@ mod cpio;
 mod demo;
 mod deployment;
 mod lab;
+mod mariadb;
 mod migration;
 mod module_test;
 mod mysql;

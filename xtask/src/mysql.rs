@@ -50,9 +50,9 @@ pub fn root() -> Result<PathBuf> {
         check_known(&packages)?;
         let list = packages.iter().map(Package::to_string).collect::<Vec<_>>().join("\n");
         let key = Key::new("mysql-root-1").with(list.as_bytes());
-        cache::get_or_make("mysql-root", key, |root| make(&area, &packages, root))
+        cache::get_or_make("mysql-root", key, |root| make(&area, &packages, root, "/usr/sbin/mysqld"))
     });
-    made.or_else(|error| match newest_cached()? {
+    made.or_else(|error| match newest_cached("mysql-root-")? {
         Some(cached) => {
             eprintln!("  using {}, made before: {error:#}", cached.display());
             Ok(cached)
@@ -76,7 +76,8 @@ fn check_known(packages: &[Package]) -> Result<()> {
     )
 }
 
-fn make(area: &Area, packages: &[Package], root: &Path) -> Result<()> {
+/// Makes a root of these packages, with what a server needs around it, and tries the server.
+pub fn make(area: &Area, packages: &[Package], root: &Path, server: &str) -> Result<()> {
     let debs = match area.download(packages) {
         Ok(debs) => debs,
         // The archive keeps only the newest version of each package: ask what that is and let the caller resolve anew.
@@ -102,21 +103,18 @@ fn make(area: &Area, packages: &[Package], root: &Path) -> Result<()> {
     }
     let list = packages.iter().map(Package::to_string).collect::<Vec<_>>().join("\n");
     fs::write(root.join("packages.txt"), list + "\n")?;
-    run(Command::new("chroot").arg(root).args(["/usr/sbin/mysqld", "--version"]))?;
+    run(Command::new("chroot").arg(root).args([server, "--version"]))?;
     Ok(())
 }
 
-/// The root that was made last, if there is one.
-fn newest_cached() -> Result<Option<PathBuf>> {
+/// The root that was made last under a name, if there is one.
+pub fn newest_cached(start: &str) -> Result<Option<PathBuf>> {
     let mut newest = None;
     for entry in fs::read_dir(cache::dir()?)? {
         let entry = entry?;
         let name = entry.file_name();
         let name = name.to_string_lossy();
-        if name.starts_with("mysql-root-")
-            && !name.contains('.')
-            && entry.path().join("packages.txt").exists()
-        {
+        if name.starts_with(start) && !name.contains('.') && entry.path().join("packages.txt").exists() {
             let made = entry.metadata()?.modified()?;
             if newest.as_ref().is_none_or(|(when, _)| made > *when) {
                 newest = Some((made, entry.path()));

@@ -29,6 +29,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-system-x86", "the lab's machines"),
     ("qemu-utils", "disk images"),
     ("e2fsprogs", "file systems of the lab and of the tests"),
+    ("xfsprogs", "file systems of the tests"),
     ("fdisk", "partitions of the lab's disk"),
     ("fio", "what a disk can do, for `bench reload`"),
 ];

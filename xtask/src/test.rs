@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use crate::build::{ebpf, module};
 use crate::deployment::cargo;
 use crate::step::{run as run_program, step};
-use crate::{module_test, mysql, setup};
+use crate::{mariadb, module_test, mysql, setup};
 
 /// Run all tests.
 #[derive(clap::Args)]
@@ -98,10 +98,12 @@ fn lint() -> Result<()> {
 /// Runs `cargo test` with its own output, since its lines are what one wants to see.
 fn native() -> Result<()> {
     let root = mysql::root()?;
+    let mariadb = mariadb::root()?;
     step("cargo test", || {
         let status = cargo()
             .args(["test", "--workspace", "--locked", "--no-fail-fast"])
             .env("POOLSKIP_MYSQL_ROOT", root)
+            .env("POOLSKIP_MARIADB_ROOT", mariadb)
             .status()?;
         if !status.success() {
             bail!("cargo test ended with {status}");
