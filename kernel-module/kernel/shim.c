@@ -4,12 +4,10 @@
  * changes between kernels. Nothing is decided here; see src/lib.rs for that. The mutex below makes the core single-threaded.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
-
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/poll.h>
-#include <linux/random.h>
 #include <linux/sched/mm.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
@@ -247,4 +245,6 @@ static void __exit poolskip_exit(void)
 module_init(poolskip_init);
 module_exit(poolskip_exit);
 MODULE_LICENSE("GPL");
+MODULE_AUTHOR("Poolskip");
 MODULE_DESCRIPTION("Tells dom0 which guest pages hold pages of a database that also lie on storage");
+MODULE_VERSION("0.1.0");

@@ -17,7 +17,7 @@ mod run_dir;
 mod shell;
 
 pub use cli::{Args, run};
-pub use kernel::{guest_kernel_release, kernel_headers};
+pub use kernel::{Kernel, WORK};
 pub use machine::Spawned;
 pub use raised::{Lab, Options};
 
