@@ -9,13 +9,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use crate::build::module;
+use crate::build::{Suite, module};
 use crate::cpio::Archive;
 use crate::lab::Kernel;
 use crate::step::{run, step};
-
-/// The suites whose kernels people run: oldstable, which the lab's guest has, stable, and what comes.
-const SUITES: [&str; 3] = ["bookworm", "trixie", "sid"];
 
 /// The target that the test program is built for; naming it keeps `+crt-static` away from build scripts.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -28,7 +25,7 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 pub fn boot_test() -> Result<()> {
     let program = step("boot test's program", build_program)?;
     let mut failed = Vec::new();
-    for suite in SUITES {
+    for suite in Suite::ALL.map(Suite::name) {
         if let Err(error) = step(&format!("kernel of Debian {suite}"), || on(suite, &program)) {
             eprintln!("FAILED on Debian {suite}: {error:?}");
             failed.push(suite);
@@ -47,6 +44,16 @@ fn on(suite: &'static str, program: &Path) -> Result<()> {
         Some((passed, failed)) => bail!("{failed} of {} cases failed", passed + failed),
         None => bail!("the machine ended before the test did; its console is above"),
     }
+}
+
+/// Boots a suite's kernel, lets the program there measure, and returns the lines of the console.
+///
+/// # Errors
+/// When the machine cannot be made, or does not end.
+pub fn measure(suite: &'static str) -> Result<Vec<String>> {
+    let program = step("boot test's program", build_program)?;
+    let kernel = Kernel::of(suite)?;
+    boot(&kernel, &module::link(&kernel)?, &program, "bench")
 }
 
 /// Boots a kernel with the program and the module, and returns the lines of its console, which are printed too.

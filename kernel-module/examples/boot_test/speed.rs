@@ -57,7 +57,7 @@ impl Pool {
         }
         device.publish(Publish { generation, ..Publish::default() })?;
         let took = start.elapsed();
-        ensure!(listed == (FRAMES * FRAME) as u64, "{listed} pages listed");
+        ensure!(listed == self.memory.pages() as u64, "{listed} pages listed");
         let calls = device.stats()?.calls - before;
         ensure!(calls == 2 + FRAMES.div_ceil(MAX_ADD as usize) as u64, "{calls} calls: that is no batch");
         Ok(FRAMES as f64 / took.as_secs_f64())

@@ -1,6 +1,7 @@
 //! `cargo xtask bench`: speed, memory and bytes, each against a baseline that is measured in the same run.
 
 mod figures;
+mod module;
 
 use std::path::PathBuf;
 
@@ -22,7 +23,10 @@ pub struct Args {
 
 /// Every bench is a module of its own with `Args` and `run(&Args) -> Result<Report>`.
 #[derive(clap::Subcommand)]
-enum Bench {}
+enum Bench {
+    /// Frames a second through the kernel module, against /proc/PID/pagemap, in an emulated machine
+    Module(module::Args),
+}
 
 /// Runs the bench, and shows its figures.
 ///
@@ -30,7 +34,9 @@ enum Bench {}
 /// When something that is measured does not work.
 pub fn run(args: &Args) -> Result<()> {
     setup::ensure()?;
-    let report: Report = match args.bench {};
+    let report: Report = match &args.bench {
+        Bench::Module(args) => module::run(args)?,
+    };
     print!("{report}");
     if let Some(file) = &args.json {
         report.write(file)?;

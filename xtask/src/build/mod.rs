@@ -45,7 +45,7 @@ enum Part {
 
 /// Debian suites, by the kernel that people run there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-enum Suite {
+pub enum Suite {
     /// Linux 6.1
     Bookworm,
     /// Linux 6.12
@@ -55,7 +55,11 @@ enum Suite {
 }
 
 impl Suite {
-    fn name(self) -> &'static str {
+    /// Those that the module must work on.
+    pub const ALL: [Self; 3] = [Self::Bookworm, Self::Trixie, Self::Sid];
+
+    /// As the archive calls it.
+    pub fn name(self) -> &'static str {
         match self {
             Self::Bookworm => "bookworm",
             Self::Trixie => "trixie",

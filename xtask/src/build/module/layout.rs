@@ -12,7 +12,7 @@ use crate::cache::Key;
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 
 /// Files from `kernel-module/kernel`.
-const FILES: &[&str] = &["Kbuild", "dkms.conf", "shim.c", "shim.h"];
+const FILES: &[&str] = &["Kbuild", "dkms.conf", "shim.c", "shim.h", "walk.c"];
 
 /// The core's name there: `_shipped` is Kbuild's word for what is not built from sources.
 const SHIPPED: &str = "module_core.o_shipped";
@@ -75,7 +75,10 @@ mod tests {
             .map(|entry| entry.unwrap().file_name().into_string().unwrap())
             .collect();
         names.sort();
-        assert_eq!(names, ["Kbuild", "LICENSE", "dkms.conf", "module_core.o_shipped", "shim.c", "shim.h"]);
+        assert_eq!(
+            names,
+            ["Kbuild", "LICENSE", "dkms.conf", "module_core.o_shipped", "shim.c", "shim.h", "walk.c"]
+        );
         let conf = fs::read_to_string(directory.join("dkms.conf")).unwrap();
         assert!(conf.contains(&format!("PACKAGE_VERSION=\"{VERSION}\"")), "{conf}");
         let shim = fs::read_to_string(directory.join("shim.c")).unwrap();

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::{OBJECT, Sources, workspace};
 
-/// Most lines that `shim.c` may have in all, and most lines of code that it may have with its header.
+/// Most lines that `shim.c` may have in all, and most lines of code that all C may have.
 const MOST_LINES_OF_C: usize = 250;
 
 /// Prints the object's size, and the lines of C against those of Rust, neither blank nor comment, without tests.
@@ -16,17 +16,17 @@ const MOST_LINES_OF_C: usize = 250;
 /// When there is more C than there may be.
 pub(super) fn check() -> Result<()> {
     let sources = Sources::new();
-    let (shim, header) = (sources.kernel.join("shim.c"), sources.kernel.join("shim.h"));
+    let shim = sources.kernel.join("shim.c");
     let whole = read(&shim)?.lines().count();
-    let c = count(&[shim.clone(), header])?;
+    let c = count(&[shim.clone(), sources.kernel.join("walk.c"), sources.kernel.join("shim.h")])?;
     if whole.max(c) > MOST_LINES_OF_C {
-        bail!("{} has {whole} lines, {c} of code with its header: at most {MOST_LINES_OF_C}", shim.display());
+        bail!("{} has {whole} lines, the shim {c} of code in all: at most {MOST_LINES_OF_C}", shim.display());
     }
     let is_rust = |file: &PathBuf| file.extension().is_some_and(|extension| extension == "rs");
     let rust: Vec<PathBuf> = sources.files()?.into_iter().filter(is_rust).collect();
     let object = fs::metadata(workspace().join(OBJECT)).with_context(|| format!("no {OBJECT}"))?.len();
     eprintln!(
-        "  kernel module: core {object} bytes of object; {c} lines of C (shim.c and shim.h), {} lines of Rust",
+        "  kernel module: core {object} bytes of object; {c} lines of C, {} lines of Rust",
         count(&rust)?
     );
     Ok(())
