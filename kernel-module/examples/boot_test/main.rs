@@ -112,6 +112,11 @@ fn complaints() -> Result<()> {
         "refcount_t",
         "corruption",
     ];
+    // Documentation/admin-guide/tainted-kernels.rst: B bad page, D died, W warning, L soft lockup. The log may have lost its beginning.
+    let taint: u64 = std::fs::read_to_string("/proc/sys/kernel/tainted")?.trim().parse()?;
+    if taint & (1 << 5 | 1 << 7 | 1 << 9 | 1 << 14) != 0 {
+        bail!("the kernel is tainted: {taint:#x}");
+    }
     match log.lines().find(|line| bad.iter().any(|word| line.contains(word))) {
         Some(line) => bail!("the kernel says: {line}"),
         None => Ok(()),

@@ -32,8 +32,9 @@ impl Drop for Machine {
 pub fn run(kernel: &Path, initrd: &Path, words: &str, mut look: impl FnMut(&str)) -> Result<Vec<String>> {
     // Always emulated: where /dev/kvm is there but virtualisation is not, a machine under KVM hangs without a word.
     let mut qemu = Command::new("qemu-system-x86_64");
-    qemu.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "2", "-m", "320"])
-        // Two NUMA nodes, so that pages can be told to move.
+    qemu.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "320"])
+        // Two NUMA nodes, so that pages can be told to move; one socket in each, or the kernel warns.
+        .args(["-smp", "2,sockets=2,cores=1"])
         .args(["-object", "memory-backend-ram,id=m0,size=160M", "-numa", "node,cpus=0,memdev=m0"])
         .args(["-object", "memory-backend-ram,id=m1,size=160M", "-numa", "node,cpus=1,memdev=m1"])
         .args(["-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio"])
