@@ -2,11 +2,12 @@
 
 mod lab_cases;
 
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
-use crate::build::{ebpf, module};
+use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
 use crate::step::{run as run_program, step};
 use crate::{module_test, mysql, setup};
@@ -20,6 +21,9 @@ pub struct Args {
     /// The same as `module`
     #[arg(long)]
     module: bool,
+    /// Only the module core's tests of calls and of xenstore, under Miri (some minutes; needs a nightly toolchain with `miri` and `rust-src`)
+    #[arg(long, conflicts_with_all = ["parts", "module"])]
+    miri: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -39,6 +43,9 @@ enum Part {
 /// # Errors
 /// When any part fails; after all have run.
 pub fn run(args: &Args) -> Result<()> {
+    if args.miri {
+        return miri();
+    }
     let start = Instant::now();
     setup::ensure()?;
     let all = [Part::Lint, Part::Native, Part::Module, Part::Lab];
@@ -87,6 +94,27 @@ fn lint() -> Result<()> {
     })?;
     step("built eBPF object against its sources", ebpf::check)?;
     step("built module core against its sources", module::check)
+}
+
+/// Runs the tests of the kernel module's core that are not too long for an interpreter. The core itself is safe code; what Miri watches
+/// besides are overflows, uninitialised bytes and leaks in it and in the fake kernel.
+fn miri() -> Result<()> {
+    step("cargo miri test", || {
+        let status = Command::new("rustup")
+            .args(["run", &rust_src::toolchain(), "cargo", "miri", "test", "--locked"])
+            .args(["--package=kernel-module", "--test=xen", "--test=device"])
+            // Thousands of runs each: hours in an interpreter.
+            .args(["--", "--skip=add_checks_each_run", "--skip=any_bytes_in_any_order"])
+            .env("MIRIFLAGS", "-Zmiri-disable-isolation")
+            .status()
+            .context("cannot start rustup")?;
+        if !status.success() {
+            bail!(
+                "cargo miri test ended with {status}; `rustup component add miri rust-src` may be what it wants"
+            );
+        }
+        Ok(())
+    })
 }
 
 /// Runs `cargo test` with its own output, since its lines are what one wants to see.

@@ -2,7 +2,7 @@
 
 pub mod ebpf;
 pub mod module;
-mod rust_src;
+pub mod rust_src;
 
 use std::fs;
 use std::path::PathBuf;
