@@ -78,7 +78,8 @@ pub struct Publish {
     pub pool_frames: u64,
 }
 
-/// Answer of [`STATS`].
+/// Answer of [`STATS`]. It only ever grows at its end, and the number of the call grows with it: a module knows the numbers of older
+/// programs ([`STATS_FIRST`]) and gives them the fields that they know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Stats {
@@ -98,6 +99,19 @@ pub struct Stats {
     pub root_pfn: u64,
     /// 1 when the guest runs on Xen and dom0 can find the lists, else 0.
     pub xen: u64,
+    /// Calls of [`BEGIN`], [`ADD`], [`PUBLISH`] and [`WITHDRAW`] that were carried out: what the probe has cost.
+    pub calls: u64,
+    /// 1 between dom0's "begun" and "ended" ([`crate::xenstore::RequestKind`]), else 0.
+    pub migrating: u64,
+    /// Publications and withdrawals that dom0 was not told of, since they came between the two and answered no request.
+    pub untold: u64,
+    /// Requests that were forgotten because the probe did not read them.
+    pub requests_forgotten: u64,
+}
+
+impl Stats {
+    /// Bytes up to and with [`Self::xen`], which the first release had.
+    pub const FIRST_SIZE: usize = 64;
 }
 
 /// One request of dom0, as `read(2)` returns it.
@@ -117,7 +131,8 @@ const _: () = {
     assert!(size_of::<Begin>() == 16);
     assert!(size_of::<Add>() == 40);
     assert!(size_of::<Publish>() == 48);
-    assert!(size_of::<Stats>() == 64);
+    assert!(size_of::<Stats>() == 96);
+    assert!(core::mem::offset_of!(Stats, calls) == Stats::FIRST_SIZE);
     assert!(size_of::<Request>() == 16);
 };
 
@@ -135,3 +150,5 @@ pub const PUBLISH: u32 = ioc(1, 3, size_of::<Publish>());
 pub const WITHDRAW: u32 = ioc(0, 4, 0);
 /// Reads the module's counters: `_IOR(0xB7, 5, Stats)`.
 pub const STATS: u32 = ioc(2, 5, size_of::<Stats>());
+/// The same of the first release, without the fields behind [`Stats::xen`].
+pub const STATS_FIRST: u32 = ioc(2, 5, Stats::FIRST_SIZE);

@@ -35,7 +35,9 @@ pub const REQUEST: &str = "request";
 pub enum RequestKind {
     /// Publish the lists as they are now, and answer.
     Snapshot = 1,
-    /// Migration has begun: what is written from here on is sent anyway, no need to tell.
+    /// Migration has begun: what is written from here on is sent anyway, no need to tell. The module tells dom0 nothing more that is no
+    /// answer, until the end or until the guest has arrived; a probe need neither look nor publish, but for a snapshot that is asked for
+    /// in between. [`crate::device::Stats`] shows what each has done meanwhile: `calls` the probe, `signals` and `untold` the module.
     Begun = 2,
     /// Migration is over, well or not.
     Ended = 3,

@@ -11,7 +11,7 @@ use core::ffi::{c_char, c_int, c_long, c_void};
 use enlightenment::{PAGE_SIZE, Pfn};
 use kernel_module::{Errno, Module, Shim};
 
-/// `kernel/shim.c`; each function is described there.
+/// `kernel/shim.c` and `kernel/walk.c`; each function is described there.
 mod c {
     use super::{c_char, c_int, c_long, c_void};
 

@@ -1,27 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
  * poolskip.ko, the part that only C can do: what the kernel offers as macros, inline functions, or structures whose layout
- * changes between kernels. Nothing is decided here; see src/lib.rs for that. The mutex below makes the core single-threaded.
+ * changes between kernels; page tables are in walk.c. Nothing is decided here; see src/lib.rs for that. The mutex below makes
+ * the core single-threaded.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
-
 #include <linux/miscdevice.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/poll.h>
-#include <linux/random.h>
 #include <linux/sched/mm.h>
-#include <linux/sched/signal.h>
+#include <linux/sched/task.h>
 #include <linux/slab.h>
 #include <linux/uaccess.h>
-#include <linux/version.h>
 #include <xen/xen.h>
 #include <xen/xenbus.h>
 #include <asm/xen/hypercall.h>
 #include "shim.h"
 
 #define DIRECTORY "data/poolskip"	/* enlightenment::xenstore::DIRECTORY */
-#define NOT_RAM (~0ULL)			/* kernel_module::NOT_RAM */
 
 static DEFINE_MUTEX(lock);
 static DECLARE_WAIT_QUEUE_HEAD(request_came);
@@ -77,34 +74,6 @@ struct mm_struct *shim_mm_get(int number)
 		put_task_struct(task);
 	}
 	return mm;
-}
-
-/*
- * get_user_pages_remote changes its arguments between kernels. Only struct pages are looked at, never what is in them, so a
- * reference is what Documentation/core-api/pin_user_pages.rst asks for, not a pin, which would unshare pages after a fork.
- * NOFAULT: nothing is brought in. FORCE: pages that wait for a NUMA hint, too. Under PV, page_to_pfn gives the guest's own
- * (pseudo-physical) PFN. Reserved pages are the zero page, the kernel's image and holes.
- */
-long shim_translate(struct mm_struct *mm, u64 address, u64 *pfns, size_t count)
-{
-	struct page **pages = (struct page **)pfns;	/* in place: both take 8 bytes */
-	long got, i;
-
-	cond_resched();
-	if (fatal_signal_pending(current) || mmap_read_lock_killable(mm))
-		return -EINTR;
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 5, 0)
-	got = get_user_pages_remote(mm, address, count, FOLL_NOFAULT | FOLL_FORCE, pages, NULL, NULL);
-#else
-	got = get_user_pages_remote(mm, address, count, FOLL_NOFAULT | FOLL_FORCE, pages, NULL);
-#endif
-	mmap_read_unlock(mm);
-	for (i = 0; i < got; i++) {
-		struct page *page = pages[i];
-		pfns[i] = PageReserved(page) || is_zone_device_page(page) ? NOT_RAM : page_to_pfn(page);
-		put_page(page);
-	}
-	return max(got, 0L);
 }
 
 /* struct xenbus_transaction is passed by value. */
@@ -247,4 +216,6 @@ static void __exit poolskip_exit(void)
 module_init(poolskip_init);
 module_exit(poolskip_exit);
 MODULE_LICENSE("GPL");
+MODULE_AUTHOR("Poolskip");
 MODULE_DESCRIPTION("Tells dom0 which guest pages hold pages of a database that also lie on storage");
+MODULE_VERSION("0.1.0");

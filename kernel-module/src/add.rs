@@ -77,6 +77,8 @@ impl Workspace {
         let mut known = Known { address: 0, next: 0, end: 0 };
         for i in 0..count {
             let run = user_run(&self.runs, i);
+            // Pages that adjoin are appended together: a page by itself would cost as much as a run.
+            let mut pending: Option<Run> = None;
             for page in 0..u64::from(run.pages) {
                 let address = run.address + page * PAGE_SIZE as u64;
                 if !known.has(address) {
@@ -103,9 +105,16 @@ impl Workspace {
                 if pfn > Run::MAX_PFN {
                     added.unmapped += 1;
                 } else {
-                    lists.append(shim, listed)?;
                     added.listed += 1;
+                    if !pending.as_mut().is_some_and(|last| last.try_extend(&listed))
+                        && let Some(whole) = pending.replace(listed)
+                    {
+                        lists.append(shim, whole)?;
+                    }
                 }
+            }
+            if let Some(whole) = pending {
+                lists.append(shim, whole)?;
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! The core of `poolskip.ko`: turns addresses of a process into PFNs, and keeps lists of them that dom0 can read.
 //!
 //! Everything that decides something is here, in safe code without allocator or `std`; everything that touches the kernel
-//! is behind [`Shim`], which `kernel/shim.c` implements in the guest and a fake implements in the tests. The contracts are
+//! is behind [`Shim`], which the C in `kernel/` implements in the guest and a fake implements in the tests. The contracts are
 //! those of `enlightenment`: [`enlightenment::device`] towards the probe, [`enlightenment::list`] and
 //! [`enlightenment::xenstore`] towards dom0.
 //!

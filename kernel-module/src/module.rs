@@ -1,9 +1,10 @@
 //! The module as a whole: what each system call and each event does.
 
 use enlightenment::device::{
-    self, ADD, Add, BEGIN, Begin, MAX_ADD, PUBLISH, Publish, Request, STATS, Stats, WITHDRAW,
+    self, ADD, Add, BEGIN, Begin, MAX_ADD, PUBLISH, Publish, Request, STATS, STATS_FIRST, Stats, WITHDRAW,
 };
-use enlightenment::{ABI_VERSION, xenstore};
+use enlightenment::xenstore::{self, RequestKind};
+use enlightenment::{ABI_VERSION, Pfn};
 
 use crate::add::Workspace;
 use crate::wire;
@@ -25,6 +26,12 @@ pub struct Module {
     unmapped: u64,
     requested: u64,
     signals: u64,
+    calls: u64,
+    /// dom0 has said "begun" and not yet "ended": it is told nothing that it has not asked for.
+    migrating: bool,
+    untold: u64,
+    /// The lists have changed since dom0 was told last.
+    behind: bool,
 }
 
 impl Module {
@@ -41,6 +48,10 @@ impl Module {
             unmapped: 0,
             requested: 0,
             signals: 0,
+            calls: 0,
+            migrating: false,
+            untold: 0,
+            behind: false,
         }
     }
 
@@ -77,12 +88,32 @@ impl Module {
     pub fn watch_fired<S: Shim>(&mut self, shim: &mut S) {
         let Some(root) = self.lists.root_pfn().filter(|_| self.on_xen) else { return };
         if !self.announcement.is_ours(shim, root) {
-            self.announcement.make(shim, root, self.lists.active());
+            self.arrived(shim, root);
         }
         let mut value = [0; REQUEST_BYTES];
         let Some(length) = shim.xenstore_read(xenstore::REQUEST, &mut value) else { return };
-        if value.get(..length).is_some_and(|value| self.requests.offer(value)) {
-            self.requested += 1;
+        let Some(kind) = value.get(..length).and_then(|value| self.requests.offer(value)) else { return };
+        self.requested += 1;
+        match kind {
+            RequestKind::Begun => self.migrating = true,
+            RequestKind::Ended => self.catch_up(shim),
+            // One in the middle of a migration is answered like any other.
+            RequestKind::Snapshot => {}
+        }
+    }
+
+    /// The nodes are not ours: this is another host, whose dom0 has not begun anything, or they were removed.
+    fn arrived<S: Shim>(&mut self, shim: &mut S, root: Pfn) {
+        self.announcement.make(shim, root, self.lists.active());
+        self.migrating = false;
+        self.behind = false;
+    }
+
+    /// The migration has ended and the guest is still here: dom0 hears once of all that it was not told.
+    fn catch_up<S: Shim>(&mut self, shim: &mut S) {
+        self.migrating = false;
+        if core::mem::take(&mut self.behind) {
+            self.tell(shim, self.lists.active(), 0);
         }
     }
 
@@ -117,17 +148,22 @@ impl Module {
     /// written back has dropped the generation that was open.
     pub fn ioctl<S: Shim>(&mut self, shim: &mut S, command: u32, argument: u64) -> Result<(), Errno> {
         match command {
-            BEGIN => self.begin(shim, argument),
-            ADD => self.add(shim, argument),
-            PUBLISH => self.publish(shim, argument),
+            BEGIN => self.begin(shim, argument)?,
+            ADD => self.add(shim, argument)?,
+            PUBLISH => self.publish(shim, argument)?,
             WITHDRAW => {
                 self.lists.withdraw(shim);
                 self.tell(shim, 0, 0);
-                Ok(())
             }
-            STATS => shim.copy_to_user(argument, &wire::stats_bytes(&self.stats())),
-            _ => Err(Errno::ENOTTY),
+            STATS => return shim.copy_to_user(argument, &wire::stats_bytes(&self.stats())),
+            STATS_FIRST => {
+                let bytes = wire::stats_bytes(&self.stats());
+                return shim.copy_to_user(argument, bytes.get(..Stats::FIRST_SIZE).unwrap_or(&[]));
+            }
+            _ => return Err(Errno::ENOTTY),
         }
+        self.calls += 1;
+        Ok(())
     }
 
     fn begin<S: Shim>(&mut self, shim: &mut S, argument: u64) -> Result<(), Errno> {
@@ -187,7 +223,14 @@ impl Module {
         Ok(())
     }
 
+    /// Tells dom0 of a generation. While a migration goes on only what it has asked for: whatever is written meanwhile is sent anyway,
+    /// and each signal would cost the guest two hypercalls and dom0 a process that wakes up.
     fn tell<S: Shim>(&mut self, shim: &mut S, generation: u64, answers: u64) {
+        if self.migrating && answers == 0 {
+            self.untold += 1;
+            self.behind = true;
+            return;
+        }
         if self.announcement.tell(shim, generation, answers) {
             self.signals += 1;
         }
@@ -203,6 +246,10 @@ impl Module {
             list_pages: self.lists.list_pages(),
             root_pfn: self.lists.root_pfn().map_or(0, |pfn| pfn.0),
             xen: u64::from(self.announcement.is_complete()),
+            calls: self.calls,
+            migrating: u64::from(self.migrating),
+            untold: self.untold,
+            requests_forgotten: self.requests.forgotten(),
         }
     }
 }

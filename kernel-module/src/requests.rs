@@ -1,7 +1,7 @@
 //! Requests of dom0 that wait for the probe.
 
 use enlightenment::device::Request;
-use enlightenment::xenstore;
+use enlightenment::xenstore::{self, RequestKind};
 
 /// Requests that wait at most; the oldest is dropped for a newer one, since only the newest matter to dom0.
 const MOST: usize = 8;
@@ -11,31 +11,38 @@ const MOST: usize = 8;
 pub struct Requests {
     waiting: [Request; MOST],
     count: usize,
+    forgotten: u64,
 }
 
 impl Requests {
     /// An empty queue.
     pub const fn new() -> Self {
         const NONE: Request = Request { sequence: 0, kind: 0, reserved: 0 };
-        Self { waiting: [NONE; MOST], count: 0 }
+        Self { waiting: [NONE; MOST], count: 0, forgotten: 0 }
     }
 
-    /// Takes in the value of the xenstore node; whether there is a new request in it. A watch fires more often than the value
+    /// Takes in the value of the xenstore node, and returns what it asks if that is new. A watch fires more often than the value
     /// changes, so one that equals the last that waits is not new.
-    pub fn offer(&mut self, value: &[u8]) -> bool {
-        let Some((sequence, kind)) = xenstore::parse_request(value) else { return false };
+    pub fn offer(&mut self, value: &[u8]) -> Option<RequestKind> {
+        let (sequence, kind) = xenstore::parse_request(value)?;
         let request = Request { sequence, kind: kind as u32, reserved: 0 };
         if self.waiting().last() == Some(&request) {
-            return false;
+            return None;
         }
         if self.count == MOST {
             self.remove_first();
+            self.forgotten += 1;
         }
         if let Some(place) = self.waiting.get_mut(self.count) {
             *place = request;
             self.count += 1;
         }
-        true
+        Some(kind)
+    }
+
+    /// Requests that made room for newer ones.
+    pub fn forgotten(&self) -> u64 {
+        self.forgotten
     }
 
     /// The oldest request, if there is one.

@@ -96,6 +96,10 @@ pub fn stats_bytes(stats: &Stats) -> [u8; size_of::<Stats>()] {
         (offset_of!(Stats, list_pages), stats.list_pages),
         (offset_of!(Stats, root_pfn), stats.root_pfn),
         (offset_of!(Stats, xen), stats.xen),
+        (offset_of!(Stats, calls), stats.calls),
+        (offset_of!(Stats, migrating), stats.migrating),
+        (offset_of!(Stats, untold), stats.untold),
+        (offset_of!(Stats, requests_forgotten), stats.requests_forgotten),
     ] {
         put_u64(&mut out, at, value);
     }

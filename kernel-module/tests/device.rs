@@ -4,7 +4,9 @@
 mod fake;
 
 use enlightenment::ABI_VERSION;
-use enlightenment::device::{ADD, Add, BEGIN, Begin, MAX_ADD, PUBLISH, Publish, STATS, UserRun, WITHDRAW};
+use enlightenment::device::{
+    ADD, Add, BEGIN, Begin, MAX_ADD, PUBLISH, Publish, STATS, STATS_FIRST, Stats, UserRun, WITHDRAW,
+};
 use fake::{ARGUMENT, ARRAY, FIRST_USER_PFN, Machine, PID};
 use kernel_module::Errno;
 use proptest::prelude::*;
@@ -260,4 +262,26 @@ proptest! {
         }
         machine.stop();
     }
+}
+
+#[test]
+fn a_program_of_the_first_release_gets_the_counters_that_it_knows() {
+    let mut machine = machine();
+    let generation = machine.begin();
+    machine.add(generation, &[good_run()]).unwrap();
+    let stats = machine.stats();
+    machine.fake.put(ARGUMENT, &[0xAA; 256]);
+    machine.call(STATS_FIRST).unwrap();
+    let bytes = machine.fake.user[&ARGUMENT].clone();
+    assert_eq!(u64::from_le_bytes(bytes[48..56].try_into().unwrap()), stats.root_pfn);
+    assert!(
+        bytes[Stats::FIRST_SIZE..].iter().all(|byte| *byte == 0xAA),
+        "more was written than it has room for"
+    );
+    // Its argument may end where its mapping ends.
+    machine.fake.put(ARGUMENT, &[0; Stats::FIRST_SIZE]);
+    machine.call(STATS_FIRST).unwrap();
+    assert_eq!(machine.call(STATS), Err(Errno::EFAULT));
+    machine.fake.put(ARGUMENT, &[0; 256]);
+    machine.stop();
 }

@@ -154,7 +154,8 @@ fn a_run_never_gets_longer_than_its_field() {
     let pfns: Vec<u64> = (0..70_000).map(|i| FIRST_USER_PFN + i).collect();
     machine.fake.map(0x4000_0000, &pfns);
     let generation = machine.begin();
-    let runs = [run_at(0x4000_0000, 60_000, 0), run_at(0x4000_0000 + 60_000 * PAGE, 10_000, 60_000 * PAGE)];
+    let runs = [(0, 60_000), (60_000, 5_535), (65_535, 4_465)]
+        .map(|(first, pages)| run_at(0x4000_0000 + first * PAGE, pages, first * PAGE));
     machine.fake.root = None;
     assert_eq!(machine.add(generation, &runs), Ok((70_000, 0)));
     machine.publish(generation, Vec::new());

@@ -212,3 +212,77 @@ fn without_xenstore_or_port_the_device_still_works() {
         machine.stop();
     }
 }
+
+#[test]
+fn while_a_migration_goes_on_dom0_hears_only_what_it_asked_for() {
+    let mut machine = Machine::new(true);
+    let publish = |machine: &mut Machine, answers| {
+        let generation = machine.begin();
+        machine.fake.published.insert(generation, Vec::new());
+        machine.publish_as(Publish { generation, answers, ..Publish::default() }).unwrap();
+        generation
+    };
+    ask(&mut machine, "1 snapshot");
+    publish(&mut machine, 1);
+    ask(&mut machine, "2 begun");
+    let begun = machine.stats();
+    assert_eq!((begun.migrating, begun.signals, begun.untold), (1, 1, 0));
+    let nodes = machine.fake.xenstore.clone();
+    for _ in 0..100 {
+        publish(&mut machine, 0);
+    }
+    machine.withdraw();
+    let newest = publish(&mut machine, 0);
+    let during = machine.stats();
+    assert_eq!((during.signals, during.untold), (1, 102), "{during:?}");
+    assert_eq!(during.calls, begun.calls + 203);
+    assert_eq!(machine.fake.xenstore, nodes, "no node is written");
+    // One who asks is answered, all the same.
+    ask(&mut machine, "3 snapshot");
+    let answer = publish(&mut machine, 3);
+    assert_eq!(machine.stats().signals, 2);
+    assert_eq!(parse_answer(node(&machine, xenstore::ANSWER).as_bytes()), Some((3, answer)));
+    assert!(answer > newest);
+    let last = publish(&mut machine, 0);
+    // At the end dom0 hears once of the newest.
+    ask(&mut machine, "4 ended");
+    let ended = machine.stats();
+    assert_eq!((ended.migrating, ended.signals, ended.untold), (0, 3, 103));
+    assert_eq!(number(&machine, xenstore::GENERATION), last);
+    publish(&mut machine, 0);
+    assert_eq!(machine.stats().signals, 4);
+    // And nothing to hear of is nothing heard.
+    ask(&mut machine, "5 begun");
+    ask(&mut machine, "6 ended");
+    assert_eq!(machine.stats().signals, 4);
+    machine.stop();
+}
+
+#[test]
+fn a_guest_that_has_arrived_is_not_migrating_any_more() {
+    let mut machine = Machine::new(true);
+    ask(&mut machine, "2 begun");
+    let generation = machine.begin();
+    machine.publish(generation, Vec::new());
+    assert_eq!(machine.stats().untold, 1);
+    machine.fake.xenstore = BTreeMap::new();
+    machine.fake.ports.clear();
+    machine.module.watch_fired(&mut machine.fake);
+    assert_eq!(machine.stats().migrating, 0);
+    assert_eq!(number(&machine, xenstore::GENERATION), generation);
+    let next = machine.begin();
+    machine.publish(next, Vec::new());
+    assert_eq!(machine.stats().signals, 1);
+    machine.stop();
+}
+
+#[test]
+fn forgotten_requests_are_counted() {
+    let mut machine = Machine::new(true);
+    for sequence in 1..=20 {
+        ask(&mut machine, &format!("{sequence} snapshot"));
+    }
+    let stats = machine.stats();
+    assert_eq!((stats.requests, stats.requests_forgotten), (20, 12));
+    machine.stop();
+}

@@ -67,10 +67,9 @@ impl Deployment {
     pub fn build() -> Result<Self> {
         ebpf::check()?;
         module::check()?;
-        let release = lab::guest_kernel_release()?;
-        let headers = lab::kernel_headers()?;
-        let module =
-            step(&format!("linking the kernel module for {release}"), || module::link(&headers, &release))?;
+        let kernel = lab::Kernel::guest()?;
+        let linking = format!("linking the kernel module for {}", kernel.release);
+        let module = step(&linking, || module::link(&kernel))?;
         let target = step("building guest-probe, dom0-migrator and the ticker (release)", || {
             run(cargo().args(["build", "--locked", "--release"]).args([
                 "--package=guest-probe",
@@ -236,7 +235,7 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
-/// Where cargo builds.
+/// Where cargo builds to.
 ///
 /// # Errors
 /// When cargo does not say.

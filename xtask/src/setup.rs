@@ -32,6 +32,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("xfsprogs", "file systems of the tests"),
     ("fdisk", "partitions of the lab's disk"),
     ("fio", "what a disk can do, for `bench reload`"),
+    ("openssl", "a key to try the kernel module's signature with"),
 ];
 
 /// Packages of which a Debian release may have versions that are too old; its backports then have newer ones. The lab keeps the state

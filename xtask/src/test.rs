@@ -2,11 +2,12 @@
 
 mod lab_cases;
 
+use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
-use crate::build::{ebpf, module};
+use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
 use crate::step::{run as run_program, step};
 use crate::{mariadb, module_test, mysql, setup};
@@ -26,6 +27,12 @@ pub struct Args {
     /// How long the soak takes
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(10..), requires = "soak")]
     soak_seconds: u64,
+    /// The same as `module`
+    #[arg(long)]
+    module: bool,
+    /// Only the module core's tests of calls and of xenstore, under Miri (some minutes; needs a nightly toolchain with `miri` and `rust-src`)
+    #[arg(long, conflicts_with_all = ["parts", "module"])]
+    miri: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -34,7 +41,7 @@ enum Part {
     Lint,
     /// Tests of all crates; those of `tests` attach to a real mysqld on this machine
     Native,
-    /// The kernel module in the guest's kernel under QEMU
+    /// The kernel module in the kernels of three Debian releases, under QEMU
     Module,
     /// Migrations between the two hosts of the lab
     Lab,
@@ -45,14 +52,20 @@ enum Part {
 /// # Errors
 /// When any part fails; after all have run.
 pub fn run(args: &Args) -> Result<()> {
+    if args.miri {
+        return miri();
+    }
     let start = Instant::now();
     setup::ensure()?;
     if args.soak {
         return soak(args.soak_seconds);
     }
     let all = [Part::Lint, Part::Native, Part::Module, Part::Lab];
-    let parts: Vec<Part> =
-        all.into_iter().filter(|part| args.parts.is_empty() || args.parts.contains(part)).collect();
+    let mut named = args.parts.clone();
+    if args.module {
+        named.push(Part::Module);
+    }
+    let parts: Vec<Part> = all.into_iter().filter(|part| named.is_empty() || named.contains(part)).collect();
     let (mut passed, mut failed) = (0, Vec::new());
     for part in parts {
         let result = match part {
@@ -93,6 +106,27 @@ fn lint() -> Result<()> {
     })?;
     step("built eBPF object against its sources", ebpf::check)?;
     step("built module core against its sources", module::check)
+}
+
+/// Runs the tests of the kernel module's core that are not too long for an interpreter. The core itself is safe code; what Miri watches
+/// besides are overflows, uninitialised bytes and leaks in it and in the fake kernel.
+fn miri() -> Result<()> {
+    step("cargo miri test", || {
+        let status = Command::new("rustup")
+            .args(["run", &rust_src::toolchain(), "cargo", "miri", "test", "--locked"])
+            .args(["--package=kernel-module", "--test=xen", "--test=device"])
+            // Thousands of runs each: hours in an interpreter.
+            .args(["--", "--skip=add_checks_each_run", "--skip=any_bytes_in_any_order"])
+            .env("MIRIFLAGS", "-Zmiri-disable-isolation")
+            .status()
+            .context("cannot start rustup")?;
+        if !status.success() {
+            bail!(
+                "cargo miri test ended with {status}; `rustup component add miri rust-src` may be what it wants"
+            );
+        }
+        Ok(())
+    })
 }
 
 /// Runs `cargo test` with its own output, since its lines are what one wants to see.

@@ -5,9 +5,13 @@
 //! read from physical memory through `/proc/kcore`, as dom0 would, and compared with `/proc/PID/pagemap`.
 
 mod cases;
+mod contention;
 mod device;
+mod leaks;
 mod memory;
+mod movement;
 mod physical;
+mod speed;
 
 use std::fs::File;
 use std::process::ExitCode;
@@ -27,6 +31,12 @@ fn main() -> ExitCode {
         eprintln!("this is the first process of a test machine: run `cargo xtask test`");
         return ExitCode::FAILURE;
     }
+    if std::env::args().any(|word| word == speed::WORD) {
+        if let Err(error) = begin().and_then(|()| speed::bench()) {
+            println!("bench: {error:#}");
+        }
+        let _ = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_POWER_OFF);
+    }
     match run() {
         Ok((passed, failed)) => println!("boot test: {passed} passed, {failed} failed"),
         Err(error) => println!("boot test: cannot begin: {error:#}"),
@@ -35,14 +45,19 @@ fn main() -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn run() -> Result<(usize, usize)> {
+/// What every program finds, and the module.
+fn begin() -> Result<()> {
     for (kind, place) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
         std::fs::create_dir_all(place)?;
         mount(Some(kind), place, Some(kind), MsFlags::empty(), None::<&str>)
             .with_context(|| format!("cannot mount {place}"))?;
     }
     std::fs::write("/dev/kmsg", LOG_MARK).context("cannot write to the kernel's log")?;
-    load()?;
+    load()
+}
+
+fn run() -> Result<(usize, usize)> {
+    begin()?;
     let mut passed = 0;
     let mut failed = 0;
     for (name, case) in cases::ALL {
@@ -75,8 +90,33 @@ fn unload() -> Result<(), nix::errno::Errno> {
 fn complaints() -> Result<()> {
     let log = read_log()?;
     let (_, log) = log.split_once(LOG_MARK).context("the kernel's log has lost the test's beginning")?;
-    let bad =
-        ["WARNING:", "BUG:", "Oops", "Call Trace", "general protection", "invalid opcode", "Out of memory"];
+    // Of the kernel's checks, lockdep, RCU's and the page allocator's, as far as this kernel has them.
+    let bad = [
+        "WARNING:",
+        "BUG:",
+        "Oops",
+        "Call Trace",
+        "general protection",
+        "invalid opcode",
+        "Out of memory",
+        "INFO: possible",
+        "INFO: task",
+        "possible circular locking",
+        "possible recursive locking",
+        "inconsistent lock state",
+        "suspicious RCU usage",
+        "Bad page",
+        "bad page",
+        "UBSAN",
+        "KASAN",
+        "refcount_t",
+        "corruption",
+    ];
+    // Documentation/admin-guide/tainted-kernels.rst: B bad page, D died, W warning, L soft lockup. The log may have lost its beginning.
+    let taint: u64 = std::fs::read_to_string("/proc/sys/kernel/tainted")?.trim().parse()?;
+    if taint & (1 << 5 | 1 << 7 | 1 << 9 | 1 << 14) != 0 {
+        bail!("the kernel is tainted: {taint:#x}");
+    }
     match log.lines().find(|line| bad.iter().any(|word| line.contains(word))) {
         Some(line) => bail!("the kernel says: {line}"),
         None => Ok(()),

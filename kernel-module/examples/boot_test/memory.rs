@@ -43,6 +43,32 @@ impl Memory {
         Ok(memory)
     }
 
+    /// A file's pages, of its page cache: this program itself.
+    pub fn of_program() -> Result<Self> {
+        let file = File::open("/proc/self/exe").context("cannot open this program")?;
+        let bytes = file.metadata()?.len() as usize;
+        let memory = Self::of_device(&file, bytes / PAGE)?;
+        memory.read_all();
+        Ok(memory)
+    }
+
+    /// What a file has at its beginning, to be read only; not looked at.
+    pub fn of_device(file: &File, pages: usize) -> Result<Self> {
+        let length = NonZeroUsize::new(pages * PAGE).context("no pages")?;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start = unsafe { mmap(None, length, ProtFlags::PROT_READ, MapFlags::MAP_SHARED, file, 0)? };
+        Ok(Self { start, pages })
+    }
+
+    /// Private memory in small pages, every page written, whatever the kernel would do by itself.
+    pub fn small(pages: usize) -> Result<Self> {
+        let memory = Self::untouched(pages)?;
+        // SAFETY: advice about a mapping of our own changes nothing that is in it.
+        unsafe { madvise(memory.start, memory.pages * PAGE, MmapAdvise::MADV_NOHUGEPAGE)? };
+        memory.touch();
+        Ok(memory)
+    }
+
     /// Private memory in huge pages, if the kernel follows the advice; twice 2 MiB, so that one whole one lies in it.
     pub fn huge() -> Result<Self> {
         let memory = Self::untouched(1024)?;

@@ -29,6 +29,10 @@ pub struct Fake {
     /// Freed pages keep what was in them until they are given out again: the last freed first.
     freed: Vec<(u64, Box<Page>)>,
     next_pfn: u64,
+    /// Calls that can fail and still succeed before one fails; `None`: that one has failed, or none will.
+    pub failure_after: Option<usize>,
+    /// Translations after which the process has ended: its memory is held, and empty.
+    pub dies_after: Option<usize>,
     /// Allocations that still succeed; `None`: all.
     pub allocations_left: Option<usize>,
     pub user: BTreeMap<u64, Vec<u8>>,
@@ -110,6 +114,21 @@ impl Fake {
         Some((slot, runs))
     }
 
+    /// Whether this call is the one that fails.
+    fn fails(&mut self) -> bool {
+        match &mut self.failure_after {
+            Some(0) => {
+                self.failure_after = None;
+                true
+            }
+            Some(left) => {
+                *left -= 1;
+                false
+            }
+            None => false,
+        }
+    }
+
     fn observe(&self) {
         if self.root.is_none() {
             return;
@@ -161,6 +180,9 @@ impl Shim for Fake {
 
     fn allocate(&mut self) -> Option<Pfn> {
         self.observe();
+        if self.fails() {
+            return None;
+        }
         if let Some(left) = &mut self.allocations_left {
             *left = left.checked_sub(1)?;
         }
@@ -194,12 +216,18 @@ impl Shim for Fake {
     }
 
     fn copy_from_user(&mut self, to: &mut [u8], address: u64) -> Result<(), Errno> {
+        if self.fails() {
+            return Err(Errno::EFAULT);
+        }
         let length = to.len();
         to.copy_from_slice(self.user_range(address, length).ok_or(Errno::EFAULT)?);
         Ok(())
     }
 
     fn copy_to_user(&mut self, address: u64, from: &[u8]) -> Result<(), Errno> {
+        if self.fails() {
+            return Err(Errno::EFAULT);
+        }
         if let Some(left) = &mut self.writes_left {
             *left = left.checked_sub(1).ok_or(Errno::EFAULT)?;
         }
@@ -208,7 +236,7 @@ impl Shim for Fake {
     }
 
     fn hold(&mut self, pid: i32) -> Result<i32, Errno> {
-        if !self.processes.contains_key(&pid) {
+        if self.fails() || !self.processes.contains_key(&pid) {
             return Err(Errno::ESRCH);
         }
         self.held += 1;
@@ -221,8 +249,11 @@ impl Shim for Fake {
 
     fn translate(&mut self, process: &i32, address: u64, pfns: &mut [u64]) -> Result<usize, Errno> {
         self.translations += 1;
-        if self.killed {
+        if self.killed || self.fails() {
             return Err(Errno::EINTR);
+        }
+        if self.dies_after.is_some_and(|after| self.translations > after) {
+            return Ok(0);
         }
         assert!(!pfns.is_empty(), "nothing to translate");
         let table = &self.processes[process];
@@ -241,13 +272,17 @@ impl Shim for Fake {
 
     fn xenstore_write(&mut self, node: &str, value: &str) -> bool {
         assert!(!node.contains('\0') && !value.contains('\0'));
-        if !self.xenstore_fails {
+        let fails = self.fails() || self.xenstore_fails;
+        if !fails {
             self.xenstore.insert(node.to_owned(), value.to_owned());
         }
-        !self.xenstore_fails
+        !fails
     }
 
     fn xenstore_read(&mut self, node: &str, to: &mut [u8]) -> Option<usize> {
+        if self.fails() {
+            return None;
+        }
         let value = self.xenstore.get(node)?.as_bytes();
         let length = value.len().min(to.len());
         to[..length].copy_from_slice(&value[..length]);
@@ -259,7 +294,7 @@ impl Shim for Fake {
     }
 
     fn event_channel_allocate(&mut self) -> Option<u32> {
-        if self.no_ports {
+        if self.no_ports || self.fails() {
             return None;
         }
         self.next_port += 1;
@@ -268,6 +303,9 @@ impl Shim for Fake {
     }
 
     fn event_channel_signal(&mut self, port: u32) -> bool {
+        if self.fails() {
+            return false;
+        }
         self.signals.push(port);
         self.ports.contains(&port)
     }
@@ -366,6 +404,10 @@ impl Machine {
             list_pages: self.argument(40),
             root_pfn: self.argument(48),
             xen: self.argument(56),
+            calls: self.argument(64),
+            migrating: self.argument(72),
+            untold: self.argument(80),
+            requests_forgotten: self.argument(88),
         }
     }
 

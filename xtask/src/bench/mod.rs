@@ -2,6 +2,7 @@
 
 mod figures;
 mod filters;
+mod module;
 mod native;
 mod overhead;
 mod reload;
@@ -37,6 +38,8 @@ enum Bench {
     Snapshot(snapshot::Args),
     /// What resident probes cost a running mysqld under sysbench, against the same without
     Overhead(overhead::Args),
+    /// Frames a second through the kernel module, against /proc/PID/pagemap, in an emulated machine
+    Module(module::Args),
 }
 
 /// Runs the bench, and shows its figures.
@@ -50,6 +53,7 @@ pub fn run(args: &Args) -> Result<()> {
         Bench::Reload(args) => reload::run(args)?,
         Bench::Snapshot(args) => snapshot::run(args)?,
         Bench::Overhead(args) => overhead::run(args)?,
+        Bench::Module(args) => module::run(args)?,
     };
     print!("{report}");
     if let Some(file) = &args.json {

@@ -2,9 +2,15 @@
 
 pub mod ebpf;
 pub mod module;
-mod rust_src;
+pub mod rust_src;
 
-use anyhow::Result;
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::deployment::target_directory;
+use crate::lab::Kernel;
 
 /// Build one part or all of Poolskip.
 #[derive(clap::Args)]
@@ -12,6 +18,15 @@ pub struct Args {
     /// What to build
     #[arg(value_enum, default_value = "all")]
     part: Part,
+    /// Of `ko`: the Debian suite whose newest kernel it is for
+    #[arg(long, value_enum, default_value = "bookworm")]
+    suite: Suite,
+    /// Of `ko`: sign it with this private key (PEM)
+    #[arg(long, value_name = "FILE", requires = "sign_certificate")]
+    sign_key: Option<PathBuf>,
+    /// Of `ko`: the key's certificate (PEM or DER)
+    #[arg(long, value_name = "FILE", requires = "sign_key")]
+    sign_certificate: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -22,6 +37,35 @@ enum Part {
     Ebpf,
     /// The kernel module's Rust core, into kernel-module's tree
     Module,
+    /// The kernel module's sources for DKMS, into target/
+    Dkms,
+    /// The kernel module for one kernel, into target/
+    Ko,
+}
+
+/// Debian suites, by the kernel that people run there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Suite {
+    /// Linux 6.1
+    Bookworm,
+    /// Linux 6.12
+    Trixie,
+    /// Linux 7
+    Sid,
+}
+
+impl Suite {
+    /// Those that the module must work on.
+    pub const ALL: [Self; 3] = [Self::Bookworm, Self::Trixie, Self::Sid];
+
+    /// As the archive calls it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Bookworm => "bookworm",
+            Self::Trixie => "trixie",
+            Self::Sid => "sid",
+        }
+    }
 }
 
 /// Builds.
@@ -36,5 +80,32 @@ pub fn run(args: &Args) -> Result<()> {
     if matches!(args.part, Part::All | Part::Module) {
         module::build()?;
     }
+    if args.part == Part::Dkms {
+        let directory = module::layout::write(&target_directory()?)?;
+        println!(
+            "{}: copy it to /usr/src, then: dkms install poolskip/{}",
+            directory.display(),
+            module::layout::VERSION
+        );
+    }
+    if args.part == Part::Ko {
+        ko(args)?;
+    }
+    Ok(())
+}
+
+fn ko(args: &Args) -> Result<()> {
+    module::check()?;
+    let kernel = Kernel::of(args.suite.name())?;
+    let built = module::link(&kernel)?;
+    let bytes = match (&args.sign_key, &args.sign_certificate) {
+        (Some(key), Some(certificate)) => {
+            module::sign(&kernel, &built, &module::Signer { key, certificate })?
+        }
+        _ => fs::read(&built)?,
+    };
+    let to = target_directory()?.join(format!("poolskip-{}.ko", kernel.release));
+    fs::write(&to, bytes).with_context(|| format!("cannot write {}", to.display()))?;
+    println!("{}", to.display());
     Ok(())
 }

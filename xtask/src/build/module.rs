@@ -4,7 +4,10 @@
 //! of what it was made from. [`check`] compares that hash, for which no toolchain is needed; [`link()`] makes `poolskip.ko` of it.
 
 mod inspect;
+pub mod layout;
 mod link;
+mod sign;
+mod size;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,6 +20,7 @@ use crate::cache::{self, Key};
 use crate::step::{run, step};
 
 pub use link::link;
+pub use sign::{Signer, sign};
 
 /// Where the object is kept, from the workspace's root.
 const OBJECT: &str = "kernel-module/prebuilt/module_core.o";
@@ -73,7 +77,7 @@ pub fn build() -> Result<()> {
     eprintln!("  {OBJECT}: {} bytes, {}", object.len(), if same { "as it was" } else { "changed" });
     fs::write(&kept, object).with_context(|| format!("cannot write {}", kept.display()))?;
     fs::write(workspace.join(SOURCES_HASH), format!("{}\n{}\n", hash_sources()?, tools()?))?;
-    Ok(())
+    size::check()
 }
 
 /// Whether the object in the tree was built from the sources in the tree, and is fit for a kernel. Where the tools that built it are
@@ -93,6 +97,7 @@ pub fn check() -> Result<()> {
     }
     let object = workspace.join(OBJECT);
     inspect::inspect(&object)?;
+    size::check()?;
     match tools() {
         Ok(here) if here == built_by => {
             let built = step("kernel module's core, built again", compile)?;

@@ -1,0 +1,57 @@
+//! Whether all memory comes back.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use enlightenment::device::Publish;
+
+use crate::cases::{me, run_at};
+use crate::device::Device;
+use crate::memory::Memory;
+
+/// Pages that may come and go without anybody's fault: caches of the processors, a page table.
+const NOISE: u64 = 256;
+
+/// Pages that nobody uses.
+pub fn free() -> Result<u64> {
+    fs::write("/proc/sys/vm/drop_caches", "3").context("cannot drop caches")?;
+    // Counters that each processor keeps for itself are added up.
+    let _ = fs::read_to_string("/proc/sys/vm/stat_refresh");
+    let text = fs::read_to_string("/proc/vmstat").context("cannot read /proc/vmstat")?;
+    let value =
+        text.lines().find_map(|line| line.strip_prefix("nr_free_pages ")).context("no nr_free_pages")?;
+    Ok(value.parse()?)
+}
+
+/// Lists and translates in rounds far more pages than could be missing without being seen.
+pub fn free_pages() -> Result<()> {
+    let round = || -> Result<u64> {
+        let device = Device::open()?;
+        let memory = Memory::small(2000)?;
+        let mut pages = 0;
+        for _ in 0..2 {
+            let generation = device.begin()?;
+            let runs: Vec<_> =
+                (0..40_000).map(|i| run_at(memory.address(i % 2000), 1, (i as u64) << 20, 1)).collect();
+            device.add(generation, me(), &runs)?;
+            device.publish(Publish { generation, ..Publish::default() })?;
+            pages += device.stats()?.list_pages;
+        }
+        // One more, begun and left.
+        let generation = device.begin()?;
+        device.add(generation, me(), &[run_at(memory.address(0), 2000, 0, 1)])?;
+        device.withdraw()?;
+        Ok(pages + 2000)
+    };
+    round()?;
+    let before = free()?;
+    let mut used = 0;
+    for _ in 0..12 {
+        used += round()?;
+    }
+    let after = free()?;
+    ensure!(used > 20 * NOISE, "only {used} pages were used");
+    ensure!(after + NOISE > before, "{before} pages were free, now {after}");
+    println!("  {used} pages were used and came back: {before} free before, {after} after");
+    Ok(())
+}
