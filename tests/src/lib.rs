@@ -8,4 +8,5 @@
 pub mod disk;
 pub mod fake_device;
 pub mod server;
+pub mod tpcc;
 pub mod truth;
