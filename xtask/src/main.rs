@@ -11,10 +11,12 @@ mod lab;
 mod migration;
 mod module_test;
 mod mysql;
+mod plot;
 mod proof;
 mod setup;
 mod step;
 mod test;
+mod workload;
 
 use clap::{Parser, Subcommand};
 
