@@ -7,6 +7,7 @@
 
 pub mod disk;
 pub mod fake_device;
+pub mod scale;
 pub mod server;
 pub mod tpcc;
 pub mod truth;

@@ -214,7 +214,11 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
-fn target_directory() -> Result<PathBuf> {
+/// Where cargo puts what it builds.
+///
+/// # Errors
+/// When cargo does not say.
+pub fn target_directory() -> Result<PathBuf> {
     let words = run(cargo().args(["metadata", "--format-version=1", "--no-deps", "--locked"]))?;
     let metadata: serde_json::Value =
         serde_json::from_slice(&words).context("cannot read cargo's metadata")?;

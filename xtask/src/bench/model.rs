@@ -31,17 +31,19 @@ pub struct Bound {
 /// A page of memory.
 const PAGE: f64 = 4096.0;
 
-/// On the wire, a reference: its part of a descriptor, and the hash (`dom0-migrator`'s `descriptor.rs`; runs of pages share the place).
-const REFERENCE: f64 = 24.0;
+/// On the wire, a reference to one of a frame's four pages: a hash of 16 bytes, and a quarter of a span of 24
+/// (`dom0-migrator/src/engine/memory_record.rs`).
+const REFERENCE: f64 = 22.0;
 
-/// On the wire, what comes with a page: its frame number, and its part of the record's header.
-const PAGE_OVERHEAD: f64 = 8.0;
+/// On the wire, what comes with a page of libxenguest's: its frame number. Poolskip's spans have one for many, and zero pages have nothing
+/// else: counted as nothing, for this is a lower bound.
+const FRAME_NUMBER: f64 = 8.0;
 
 impl Model {
     /// Every page goes over the link once, and what is dirtied meanwhile once more.
     pub fn stock(&self) -> Bound {
-        let once = self.memory_bytes / PAGE * (PAGE + PAGE_OVERHEAD);
-        let total_seconds = self.link_seconds(once);
+        let with_number = (PAGE + FRAME_NUMBER) / PAGE;
+        let total_seconds = self.link_seconds(self.memory_bytes * with_number, with_number);
         let wire_bytes = total_seconds * self.link_bytes_per_second;
         Bound { wire_bytes, storage_bytes: 0.0, total_seconds }
     }
@@ -52,18 +54,16 @@ impl Model {
         let cached = self.cached_bytes.min(self.memory_bytes);
         let zero = self.zero_bytes.min(self.memory_bytes - cached);
         let rest = self.memory_bytes - cached - zero;
-        let whole = |bytes: f64| bytes / PAGE * (PAGE + PAGE_OVERHEAD);
-        let short = |bytes: f64| bytes / PAGE * REFERENCE;
-        let all_by_reference = self.link_seconds(whole(rest) + short(cached) + zero / PAGE * PAGE_OVERHEAD);
+        let short = REFERENCE / PAGE;
+        let all_by_reference = self.link_seconds(rest + cached * short, 1.0);
         let storage = cached / self.storage_bytes_per_second;
         let (total_seconds, by_reference) = if storage <= all_by_reference {
             (all_by_reference, cached)
         } else {
-            // link * t = whole(rest + cached - r) + short(r) + markers + dirty * t, and r = storage * t.
-            let saved = (PAGE + PAGE_OVERHEAD - REFERENCE) / PAGE;
-            let rate =
-                self.link_bytes_per_second - self.dirty_on_wire() + self.storage_bytes_per_second * saved;
-            let once = whole(rest + cached) + zero / PAGE * PAGE_OVERHEAD;
+            // With r by reference in a time t: link * t = rest + cached - r + short * r + dirty * t, and r = storage * t.
+            let rate = self.link_bytes_per_second - self.dirty_bytes_per_second
+                + self.storage_bytes_per_second * (1.0 - short);
+            let once = rest + cached;
             let seconds = if rate > 0.0 { once / rate } else { f64::INFINITY };
             (seconds, (self.storage_bytes_per_second * seconds).min(cached))
         };
@@ -74,14 +74,11 @@ impl Model {
         }
     }
 
-    /// Time for something that goes once, with what is dirtied meanwhile: the geometric series of the rounds.
-    fn link_seconds(&self, once: f64) -> f64 {
-        let left = self.link_bytes_per_second - self.dirty_on_wire();
+    /// Time for something that goes once, with what is dirtied meanwhile (each byte of it as so many on the wire): the geometric series
+    /// of the rounds.
+    fn link_seconds(&self, once: f64, each: f64) -> f64 {
+        let left = self.link_bytes_per_second - self.dirty_bytes_per_second * each;
         if left > 0.0 { once / left } else { f64::INFINITY }
-    }
-
-    fn dirty_on_wire(&self) -> f64 {
-        self.dirty_bytes_per_second / PAGE * (PAGE + PAGE_OVERHEAD)
     }
 }
 
