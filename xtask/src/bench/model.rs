@@ -141,6 +141,21 @@ mod tests {
     }
 
     #[test]
+    fn the_table_of_the_documentation() {
+        let page = include_str!("../../../docs/performance.md");
+        for link in [1.0, 10.0, 25.0] {
+            for storage in [0.5, 1.0, 3.0] {
+                let model = Model { storage_bytes_per_second: storage * 1e9, ..eight_gib(link) };
+                let (stock, ours) = (model.stock().total_seconds, model.poolskip().total_seconds);
+                let less = 100.0 * (1.0 - ours / stock);
+                let row =
+                    format!("| {link} Gbit/s | {storage} GB/s | {stock:.2} s | {ours:.2} s | {less:.1} % |");
+                assert!(page.contains(&row), "docs/performance.md has no row {row}");
+            }
+        }
+    }
+
+    #[test]
     fn poolskip_is_never_slower_than_stock_on_paper() {
         for link in [0.032, 1.0, 10.0, 25.0, 100.0] {
             for storage in [1e6, 1e8, 1e9, 1e10] {

@@ -66,8 +66,9 @@ impl Lines {
             let top = TOP + number as f64 * (PANEL + GAP);
             let y = |rate: f64| top + PANEL * (1.0 - rate / rates.end);
             svg.rectangle((x(line.span.from), top), (x(line.span.to) - x(line.span.from), PANEL), SHADE);
-            // Every second tick: panels are low.
-            for tick in rates.ticks().into_iter().step_by(2) {
+            // Panels are low: every second tick where there are many.
+            let every = if rates.ticks().len() > 5 { 2 } else { 1 };
+            for tick in rates.ticks().into_iter().step_by(every) {
                 let colour = if tick == 0.0 { INK } else { GRID };
                 svg.line((LEFT, y(tick)), (WIDTH - RIGHT, y(tick)), colour, 1.0);
                 let style = Style { size: 12, colour: FAINT, anchor: Anchor::End };

@@ -9,8 +9,11 @@ use crate::workload::Workload;
 /// All variants, in the order in which they stand beside each other.
 const VARIANTS: [Variant; 4] = [Variant::Stock, Variant::StockZstd, Variant::NoReferences, Variant::Poolskip];
 
+/// A number of a run.
+type Number = fn(&Record) -> f64;
+
 /// What is drawn as bars: file, title, unit, number.
-const BARS: [(&str, &str, &str, fn(&Record) -> f64); 4] = [
+const BARS: [(&str, &str, &str, Number); 4] = [
     ("wire-bytes.svg", "Bytes on the wire", "MB", |run| run.wire_bytes as f64 / 1e6),
     ("total-seconds.svg", "Total time of a migration", "s", |run| run.total_seconds),
     ("downtime-seconds.svg", "Downtime, as seen inside the guest", "s", |run| run.downtime_seconds),
@@ -152,11 +155,6 @@ mod tests {
                 "spill-timeline.svg"
             ]
         );
-        if let Some(dir) = std::env::var_os("POOLSKIP_PICTURES") {
-            for (name, svg) in &pictures {
-                std::fs::write(std::path::Path::new(&dir).join(name), svg).unwrap();
-            }
-        }
         let (_, wire) = &pictures[0];
         assert!(wire.contains("stock Xen, zstd") && wire.contains("TPC-C") && wire.contains("32 Mbit/s"));
     }
