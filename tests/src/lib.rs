@@ -10,5 +10,7 @@ pub mod fake_device;
 pub mod kernel;
 pub mod listed;
 pub mod running;
+pub mod scale;
 pub mod server;
+pub mod tpcc;
 pub mod truth;

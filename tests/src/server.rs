@@ -175,6 +175,11 @@ impl Server {
         self.child.id() as i32
     }
 
+    /// Its socket, as a client outside its chroot reaches it.
+    pub fn socket(&self) -> PathBuf {
+        self.place.run_dir.join("s.sock")
+    }
+
     /// Runs SQL and returns what it answers, one row a line.
     ///
     /// # Errors

@@ -145,8 +145,8 @@ pub fn run(args: &Args) -> Result<()> {
         .clone()
         .context("the migration used no lists: probe or module did not answer")?;
     let guest = Guest {
-        memory_bytes: lab::GUEST_MEMORY_BYTES,
-        pool_bytes: lab::GUEST_POOL_BYTES,
+        memory_bytes: lab::GuestSize::default().memory_bytes(),
+        pool_bytes: lab::GuestSize::default().pool_bytes(),
         pool_frames_clean: lists.pool_frames_clean,
         frames_listed_read: lists.frames_read,
         frames_listed_written: lists.frames_written,

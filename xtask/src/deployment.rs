@@ -9,8 +9,10 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::build::{ebpf, module};
+use crate::cache::Key;
 use crate::lab::{self, Host, Lab};
 use crate::step::{run, step};
+use crate::workload::TPCC;
 
 /// Where `dom0-migrator` lies in both hosts.
 pub const MIGRATOR: &str = "/usr/local/bin/dom0-migrator";
@@ -20,6 +22,8 @@ const DOMAINS: &str = "/usr/local/bin/domains";
 const LIBRARY: &str = "/usr/local/lib/domains";
 /// Where the probe lies in the guest.
 const PROBE: &str = "/usr/local/bin/guest-probe";
+/// Where the compressing transport lies in both hosts.
+pub const ZSTD_PIPE: &str = "/usr/local/bin/zstd-pipe";
 /// Where the ticker lies in the guest.
 const TICKER: &str = "/usr/local/bin/guest-ticker";
 /// The module in the guest.
@@ -56,6 +60,8 @@ pub struct Deployment {
     domains: PathBuf,
     probe: PathBuf,
     ticker: PathBuf,
+    tpcc: PathBuf,
+    zstd_pipe: PathBuf,
     module: PathBuf,
 }
 
@@ -92,6 +98,8 @@ impl Deployment {
             domains: stripped("domains")?,
             probe: stripped("guest-probe")?,
             ticker: stripped("guest-ticker")?,
+            tpcc: stripped("tpcc")?,
+            zstd_pipe: stripped("zstd-pipe")?,
             module,
         })
     }
@@ -137,6 +145,27 @@ impl Deployment {
             .collect::<Result<_>>()?;
         ensure!(all.iter().any(|domain| domain.domain == 0), "a host without a dom0: {lines:?}");
         Ok(all.into_iter().filter(|domain| domain.domain != 0).collect())
+    }
+
+    /// Puts the load generator into the guest, and the compressing transport into both hosts: only benches need them.
+    ///
+    /// # Errors
+    /// When a machine cannot be reached.
+    pub fn install_for_benches(&self, lab: &Lab) -> Result<()> {
+        step("putting TPC-C into the guest, and the compressing transport into both hosts", || {
+            lab.guest().push(&self.tpcc, TPCC, 0o755)?;
+            Host::BOTH.iter().try_for_each(|host| lab.host(*host).push(&self.zstd_pipe, ZSTD_PIPE, 0o755))
+        })
+    }
+
+    /// A hash of all programs that are measured, or measure: figures of other ones are other figures.
+    ///
+    /// # Errors
+    /// When one of them cannot be read.
+    pub fn identity(&self) -> Result<String> {
+        let files = [&self.migrator, &self.probe, &self.ticker, &self.tpcc, &self.zstd_pipe, &self.module];
+        let key = files.iter().try_fold(Key::new("deployment"), |key, file| key.with_file(file))?;
+        Ok(key.hex())
     }
 
     /// Starts the probe in the guest, beside the running mysqld, and waits until it knows every frame.

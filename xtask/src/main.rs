@@ -12,10 +12,12 @@ mod mariadb;
 mod migration;
 mod module_test;
 mod mysql;
+mod plot;
 mod proof;
 mod setup;
 mod step;
 mod test;
+mod workload;
 
 use clap::{Parser, Subcommand};
 

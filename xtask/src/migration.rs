@@ -33,6 +33,19 @@ pub struct Lists {
     pub pool_frames_clean: u64,
 }
 
+/// Bytes of the stream by what they were; only Poolskip's helper knows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Classes {
+    /// Contents of pages.
+    pub page_data: u64,
+    /// References: places and hashes.
+    pub references: u64,
+    /// Markers of zero pages, and of pages without content.
+    pub markers: u64,
+    /// Headers, frame numbers, and records that are not memory.
+    pub other: u64,
+}
+
 /// What `dom0-migrator migrate --json` writes, as far as the lab reads it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Report {
@@ -53,6 +66,9 @@ pub struct Report {
     pub pages_accepted: Option<u64>,
     /// References that the target refused.
     pub pages_refused: Option<u64>,
+    /// The stream by class.
+    #[serde(default)]
+    pub bytes: Option<Classes>,
     /// The lists that were used.
     pub lists: Option<Lists>,
     /// Pages that differed when all were sent again and compared; none when it was not a debug migration.
@@ -91,16 +107,24 @@ pub struct Started {
 /// # Errors
 /// When the receiving side does not come up.
 pub fn start(lab: &Lab, from: Host, options: Options) -> Result<Started> {
+    let flags = [(options.stock, "--stock"), (options.verify, "--debug")];
+    let flags: Vec<_> = flags.iter().filter(|(wanted, _)| *wanted).map(|(_, flag)| *flag).collect();
+    start_with(lab, from, &flags)
+}
+
+/// Starts to migrate the guest with options of `dom0-migrator migrate` as they stand.
+///
+/// # Errors
+/// When the receiving side does not come up.
+pub fn start_with(lab: &Lab, from: Host, flags: &[&str]) -> Result<Started> {
     let to = from.other();
     let address = format!("{}:8002", to.address());
     let receiver = lab.host(to).spawn(&format!("exec {MIGRATOR} receive --listen {address} --once"))?;
     receiver.wait_for(READY, LIMIT).context("the receiving side does not start")?;
     let mut command = format!("rm -f {REPORT}; exec {MIGRATOR} migrate {DOMAIN} {address} --json {REPORT}");
-    if options.stock {
-        command += " --stock";
-    }
-    if options.verify {
-        command += " --debug";
+    for flag in flags {
+        command += " ";
+        command += flag;
     }
     Ok(Started { sender: lab.host(from).spawn(&command)?, receiver, from })
 }

@@ -2,10 +2,13 @@
 
 mod figures;
 mod filters;
+mod migration;
+mod model;
 mod module;
 mod native;
 mod overhead;
 mod reload;
+mod scale;
 mod snapshot;
 mod stream;
 
@@ -15,6 +18,7 @@ use anyhow::Result;
 
 use crate::setup;
 use figures::Report;
+pub use figures::median;
 
 /// Measure.
 #[derive(clap::Args)]
@@ -40,6 +44,10 @@ enum Bench {
     Overhead(overhead::Args),
     /// Frames a second through the kernel module, against /proc/PID/pagemap, in an emulated machine
     Module(module::Args),
+    /// Total time, downtime, bytes and throughput of migrations in the lab, side by side with the stock helper
+    Migration(migration::Args),
+    /// Cost of lists, window and filter for guests of 8 GiB to 1 TiB, by simulation
+    Scale(scale::Args),
 }
 
 /// Runs the bench, and shows its figures.
@@ -54,6 +62,8 @@ pub fn run(args: &Args) -> Result<()> {
         Bench::Snapshot(args) => snapshot::run(args)?,
         Bench::Overhead(args) => overhead::run(args)?,
         Bench::Module(args) => module::run(args)?,
+        Bench::Migration(args) => migration::run(args)?,
+        Bench::Scale(args) => scale::run(args)?,
     };
     print!("{report}");
     if let Some(file) = &args.json {

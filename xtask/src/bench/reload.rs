@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use super::figures::{Figure, Report};
 use super::filters::Program;
-use crate::lab::guest_disk;
+use crate::lab::{GuestSize, guest_disk};
 use crate::step::run as run_program;
 
 /// Bytes that each measurement reads.
@@ -34,7 +34,7 @@ pub struct Args {
 /// # Errors
 /// When fio or the restorer fails.
 pub fn run(args: &Args) -> Result<Report> {
-    let disk = args.disk.clone().map_or_else(guest_disk, Ok)?;
+    let disk = args.disk.clone().map_or_else(|| guest_disk(GuestSize::default()), Ok)?;
     let program = Program::build()?;
     let mut figures = Vec::new();
     for (name, block) in [

@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use super::figures::{Figure, Report};
 use super::filters::{Program, numbers};
-use crate::lab::guest_disk;
+use crate::lab::{GuestSize, guest_disk};
 
 /// Measure the filters.
 #[derive(clap::Args)]
@@ -28,7 +28,7 @@ pub struct Args {
 /// # Errors
 /// When memory differs, or a process of the chain fails.
 pub fn run(args: &Args) -> Result<Report> {
-    let disk = guest_disk()?;
+    let disk = guest_disk(GuestSize::default())?;
     let program = Program::build()?;
     let words = ["--mib".into(), (args.gib << 10).to_string(), "--runs".into(), args.runs.to_string()];
     let measured = program.measure("stream", &disk, &words)?;

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use super::machine::Machine;
 use super::run_dir::{Record, living};
-use super::{Host, Lab, Options, frozen};
+use super::{GuestSize, Host, Lab, Options, frozen};
 use crate::setup;
 
 /// Raise, use and end the lab.
@@ -81,7 +81,7 @@ pub fn run(args: &Args) -> Result<()> {
         Command::Down => down(args.pid),
         Command::Build { rebuild } => {
             setup::ensure()?;
-            let frozen = frozen::get(*rebuild)?;
+            let frozen = frozen::get(*rebuild, GuestSize::default())?;
             println!("{}", frozen.dir().display());
             Ok(())
         }

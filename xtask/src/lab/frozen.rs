@@ -12,7 +12,7 @@ use super::dom0::Images;
 use super::prune::prune;
 use super::qemu::{Config, version};
 use super::raised::{Lab, copy};
-use super::{Host, guest_disk};
+use super::{GuestSize, Host, guest_disk};
 use crate::cache::{self, Key};
 use crate::step::step;
 
@@ -50,16 +50,20 @@ impl Frozen {
 ///
 /// # Errors
 /// When it cannot be built.
-pub(super) fn get(rebuild: bool) -> Result<Frozen> {
+pub(super) fn get(rebuild: bool, size: GuestSize) -> Result<Frozen> {
     let version = version()?;
     let images = Images::get()?;
-    let disk = guest_disk::get()?;
+    let disk = guest_disk::get(size)?;
     let key = || -> Result<Key> {
         let mut key = Key::new("lab-warm-1")
             .with(version.as_bytes())
             .with(images.identity().as_bytes())
             .with(disk.parent().and_then(Path::file_name).unwrap_or_default().as_encoded_bytes())
             .with(warming().as_bytes());
+        // Nothing is added for the small guest: what its labs were kept under stays as it was.
+        if size != GuestSize::default() {
+            key = key.with(size.overrides().as_bytes());
+        }
         for host in Host::BOTH {
             for argument in Config::of_no_run(host, &images).arguments() {
                 key = key.with(argument.as_bytes());
@@ -73,17 +77,17 @@ pub(super) fn get(rebuild: bool) -> Result<Frozen> {
             fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
     }
-    let dir = cache::get_or_make("lab-warm", key()?, |dir| build(&images, &disk, dir))?;
+    let dir = cache::get_or_make("lab-warm", key()?, |dir| build(&images, &disk, size, dir))?;
     let disk_dir = disk.parent().context("the guest's disk lies nowhere")?;
     prune(&[&dir, images.dir(), disk_dir])?;
     Ok(Frozen { dir, images })
 }
 
-fn build(images: &Images, disk: &Path, dir: &Path) -> Result<()> {
+fn build(images: &Images, disk: &Path, size: GuestSize, dir: &Path) -> Result<()> {
     let lab = step("booting two Xen hosts", || Lab::boot(images, disk))?;
     let source = lab.host(Host::Source);
     step("booting the guest", || {
-        source.must("xl create -q /lab/db1.cfg", Duration::from_secs(120))?;
+        source.must(&format!("xl create -q /lab/db1.cfg{}", size.overrides()), Duration::from_secs(120))?;
         lab.guest().must(":", Duration::from_secs(180)).map(drop).with_context(|| {
             let log = source.run(
                 "tail -n 30 /var/log/xen/guest-db1.log; xl list; xl dmesg | tail -n 20",

@@ -7,22 +7,18 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use super::GuestSize;
 use super::dom0::{finish_root, install};
 use crate::apt::{Area, unpack};
 use crate::cache::{self, Key};
 use crate::mysql;
 use crate::step::{run, step};
 
-/// Size of the whole disk.
-const DISK_BYTES: u64 = 1536 << 20;
-
 /// Where its partition begins.
 const PARTITION_OFFSET: u64 = 1 << 20;
 
-/// sysbench's tables, and the rows in each: so many that with both of their indexes they just fit into the pool, for what has to be
-/// evicted for the next table would have to be read again, slowly, by every query over all of them.
+/// sysbench's tables.
 pub(super) const TABLES: u32 = 4;
-const ROWS: u32 = 240_000;
 
 /// What the guest needs beside the server.
 const EXTRA: &str = "socat";
@@ -40,7 +36,10 @@ const FILES: &[(&str, u32, &str)] = &[
 ///
 /// # Errors
 /// When the mirror cannot be reached, this is not run by root, or the server does not take the data.
-pub fn get() -> Result<PathBuf> {
+pub fn get(size: GuestSize) -> Result<PathBuf> {
+    let (disk_bytes, rows) = (size.disk_bytes(), size.rows());
+    let files = FILES.iter().map(|&(path, mode, content)| (path, mode, size.configuration(content)));
+    let files: Vec<_> = files.collect();
     let server = mysql::root()?;
     let area = Area::open("sid")?;
     // Only what the server's root does not have already, so that nothing in it changes.
@@ -50,12 +49,12 @@ pub fn get() -> Result<PathBuf> {
     extra.retain(|package| !there.lines().any(|line| line.split(' ').next() == Some(&package.name)));
     let mut key = Key::new("lab-disk-2")
         .with(server.file_name().unwrap_or_default().as_encoded_bytes())
-        .with(format!("{DISK_BYTES} {PARTITION_OFFSET} {TABLES} {ROWS}").as_bytes())
+        .with(format!("{disk_bytes} {PARTITION_OFFSET} {TABLES} {rows}").as_bytes())
         .with(include_bytes!("files/fill-disk"));
     for package in &extra {
         key = key.with(package.to_string().as_bytes());
     }
-    for (path, _, content) in FILES {
+    for (path, _, content) in &files {
         key = key.with(path.as_bytes()).with(content.as_bytes());
     }
     let dir = cache::get_or_make("lab-disk", key, |dir| {
@@ -63,7 +62,7 @@ pub fn get() -> Result<PathBuf> {
         run(Command::new("cp").arg("-a").arg(&server).arg(&root))?;
         unpack(&area.download(&extra)?, &root)?;
         drop(area);
-        for (path, mode, content) in FILES {
+        for (path, mode, content) in &files {
             install(&root, path, *mode, content)?;
         }
         finish_root(&root)?;
@@ -73,13 +72,13 @@ pub fn get() -> Result<PathBuf> {
                 .args(["chroot"])
                 .arg(&root)
                 .arg("/lab/prepare-data")
-                .args([TABLES.to_string(), ROWS.to_string()]))
+                .args([TABLES.to_string(), rows.to_string()]))
         })?;
         for left in ["run/mysqld", "lab/prepare-data"] {
             let left = root.join(left);
             if left.is_dir() { fs::remove_dir_all(left)? } else { fs::remove_file(left)? }
         }
-        step("writing the guest's disk", || write_disk(&root, &dir.join("shared.raw")))?;
+        step("writing the guest's disk", || write_disk(&root, &dir.join("shared.raw"), disk_bytes))?;
         fs::remove_dir_all(&root)?;
         Ok(())
     })?;
@@ -93,12 +92,12 @@ fn contained() -> Command {
     command
 }
 
-fn write_disk(root: &Path, image: &Path) -> Result<()> {
+fn write_disk(root: &Path, image: &Path, disk_bytes: u64) -> Result<()> {
     let file = File::create(image).with_context(|| format!("cannot write {}", image.display()))?;
-    file.set_len(DISK_BYTES)?;
+    file.set_len(disk_bytes)?;
     drop(file);
     partition(image)?;
-    let blocks_kib = (DISK_BYTES - PARTITION_OFFSET) >> 10;
+    let blocks_kib = (disk_bytes - PARTITION_OFFSET) >> 10;
     run(Command::new("mke2fs")
         .args(["-q", "-F", "-t", "ext4", "-L", "db1"])
         .args(["-E", &format!("offset={PARTITION_OFFSET},lazy_itable_init=0,lazy_journal_init=0")])

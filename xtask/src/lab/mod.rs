@@ -5,6 +5,7 @@ mod clock;
 mod dom0;
 mod frozen;
 mod guest_disk;
+mod guest_size;
 mod kernel;
 mod link;
 mod machine;
@@ -18,15 +19,10 @@ mod shell;
 
 pub use cli::{Args, run};
 pub use guest_disk::get as guest_disk;
+pub use guest_size::GuestSize;
 pub use kernel::{Kernel, WORK};
 pub use machine::Spawned;
 pub use raised::{Lab, Options};
-
-/// The guest's memory (`files/db1.cfg`).
-pub const GUEST_MEMORY_BYTES: u64 = 704 << 20;
-
-/// Its server's buffer pool (`files/my.cnf`).
-pub const GUEST_POOL_BYTES: u64 = 256 << 20;
 
 /// One of the two hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

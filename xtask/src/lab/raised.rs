@@ -16,7 +16,7 @@ use super::link::{self, LinkBytes};
 use super::machine::Machine;
 use super::qemu::{Config, Qemu, free_port, make_overlay};
 use super::run_dir::{Record, RunDir, forget_process, register_process};
-use super::{Host, guest_disk};
+use super::{GuestSize, Host, guest_disk};
 use crate::setup;
 use crate::step::{run, step};
 
@@ -31,6 +31,8 @@ const SHORT: Duration = Duration::from_secs(60);
 pub struct Options {
     /// Build and freeze it anew even if the cache has one.
     pub rebuild: bool,
+    /// The guest.
+    pub guest: GuestSize,
 }
 
 /// Two hosts with a guest. Ended, with nothing left of it, when dropped.
@@ -60,7 +62,7 @@ impl Lab {
     /// come up.
     pub fn warm(options: &Options) -> Result<Self> {
         setup::ensure()?;
-        let frozen = frozen::get(options.rebuild)?;
+        let frozen = frozen::get(options.rebuild, options.guest)?;
         let lab = step("resuming the warmed lab", || Self::resume(&frozen))?;
         let skew = step("setting the clocks", || lab.set_clocks())?;
         eprintln!(
