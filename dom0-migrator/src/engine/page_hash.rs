@@ -129,7 +129,7 @@ mod tests {
         fn many_at_once_are_what_each_is_alone(key in any::<[u8; 32]>(), seeds in proptest::collection::vec(any::<u64>(), 0..40)) {
             let contents: Vec<Vec<u8>> = seeds
                 .iter()
-                .map(|seed| (0..PAGE as u64 / 8).flat_map(|i| (seed ^ i * i).to_le_bytes()).collect())
+                .map(|seed| (0..PAGE as u64 / 8).flat_map(|i| (seed ^ (i * i)).to_le_bytes()).collect())
                 .collect();
             let pages: Vec<&[u8]> = contents.iter().map(Vec::as_slice).collect();
             let mut hashes = Vec::new();
