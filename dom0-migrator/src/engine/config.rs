@@ -21,6 +21,8 @@ pub struct Config {
     pub window_bytes: u64,
     /// Source: whether pages may go by reference at all; zero markers and run markers are used either way.
     pub references: bool,
+    /// Source: whether VERIFY will come, so that pages written after the suspension have to be told apart.
+    pub compare: bool,
     /// Source: passes over memory, counted from the first, in which pages may go by reference. A page that is sent again
     /// was written to after the lists were taken, so its hint is most likely stale: 1 by default.
     pub reference_passes: u32,
@@ -57,6 +59,7 @@ impl Default for Config {
         Self {
             window_bytes: 256 << 20,
             references: true,
+            compare: false,
             reference_passes: 1,
             hashers: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4)),
             drain_timeout: Duration::from_secs(30),

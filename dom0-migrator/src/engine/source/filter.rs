@@ -12,7 +12,7 @@ use super::work::{Knowledge, Record, ToWorkers};
 use crate::engine::config::Config;
 use crate::engine::error::{EngineError, StreamProblem};
 use crate::engine::intake::{Arrived, Incoming, Intake};
-use crate::engine::late_writes::LateWrites;
+use crate::engine::late_writes::LastSent;
 use crate::engine::memory_record::{self, Builder};
 use crate::engine::outlet::{Outlet, Parcel};
 use crate::engine::pool::{Buffer, Pool};
@@ -43,7 +43,8 @@ pub(super) struct Filter {
     pub(super) may_refer: bool,
     /// Whether the target has answered, so that it knows our records, even if the side channel was lost since.
     pub(super) target_knows_us: bool,
-    pub(super) late_writes: Option<LateWrites>,
+    /// What was sent last, when all is to be compared.
+    pub(super) last_sent: Option<LastSent>,
     pub(super) window: Window,
     pub(super) config: Config,
     pub(super) drain: Option<Drain>,
@@ -116,7 +117,6 @@ impl Filter {
                 self.stats.rounds = self.stats.rounds.max(iteration.saturating_add(1));
             }
             Request::Suspended => self.may_refer = false,
-            Request::LateWrites(writes) => self.late_writes = Some(writes),
             Request::Drain(reply) => {
                 self.may_refer = false;
                 let before = (self.stats.references_accepted, self.stats.references_refused);
@@ -155,10 +155,10 @@ impl Filter {
         self.send(Parcel::bytes(RecordHeader::bytes(kind, header.length as usize).to_vec()))
     }
 
-    /// The pages of VERIFY are through: says which of them were written since the suspension. That was told before libxenguest wrote the
-    /// record that has just come, so it stands before it in the input.
+    /// The pages of VERIFY are through: says which of them are not what was sent last.
     fn tell_late_writes(&mut self) -> Result<(), EngineError> {
-        let Some(writes) = self.late_writes.take().filter(|_| self.target_knows_us) else { return Ok(()) };
+        let Some(last_sent) = self.last_sent.take().filter(|_| self.target_knows_us) else { return Ok(()) };
+        let writes = last_sent.into_late_writes();
         self.stats.pages_written_late = writes.len();
         for body in writes.bodies() {
             let mut bytes = RecordHeader::bytes(memory_record::RECORD_TYPE, body.len()).to_vec();
@@ -176,6 +176,9 @@ impl Filter {
         };
         let pages = parsed.map_err(|problem| header.error(problem))?;
         let count = pages.pages() as u64;
+        if let Some(last_sent) = &mut self.last_sent {
+            last_sent.see(&pages, self.mode == Mode::Verify);
+        }
         if self.mode == Mode::Verify {
             self.stats.pages_verified += count;
         } else {

@@ -47,7 +47,7 @@ use super::config::{Config, DiskName};
 use super::descriptor::{Input, Output, Ringer, bell};
 use super::error::EngineError;
 use super::intake::Intake;
-use super::late_writes::LateWrites;
+use super::late_writes::LastSent;
 use super::memory_record::Builder;
 use super::outlet::Outlet;
 use super::page_hash::PageHasher;
@@ -88,24 +88,6 @@ enum Request {
     Round(u32),
     Drain(Sender<DrainReport>),
     Suspended,
-    LateWrites(LateWrites),
-}
-
-/// Says which pages were written after the suspension. To be used after libxenguest has written the last page that VERIFY sends
-/// again, and before it writes the next record: the filter then names them to the target.
-#[derive(Clone, Debug)]
-pub struct LateWritesTeller {
-    requests: Sender<Request>,
-    ringer: Ringer,
-}
-
-impl LateWritesTeller {
-    /// Says it.
-    pub fn tell(&self, writes: LateWrites) {
-        // A filter that has ended is noticed when it is asked to finish.
-        let _ = self.requests.send(Request::LateWrites(writes));
-        self.ringer.ring();
-    }
 }
 
 /// The source's filter.
@@ -181,7 +163,7 @@ impl SourceFilter {
             mode: if side.is_some() { Mode::Filter } else { Mode::PassThrough },
             may_refer,
             target_knows_us: side.is_some(),
-            late_writes: None,
+            last_sent: config.compare.then(LastSent::default),
             side,
             window,
             config,
@@ -233,11 +215,6 @@ impl SourceFilter {
     /// Tells that the domain is suspended: nothing goes by reference from here on, drained or not.
     pub fn suspended(&self) {
         self.ask(Request::Suspended);
-    }
-
-    /// A way to say which pages were written after the suspension; see [`LateWritesTeller`].
-    pub fn late_writes_teller(&self) -> LateWritesTeller {
-        LateWritesTeller { requests: self.requests.clone(), ringer: self.ringer.clone() }
     }
 
     /// The counters as they are now.
