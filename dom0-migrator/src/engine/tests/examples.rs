@@ -38,7 +38,6 @@ fn sync() {
 
 #[test]
 fn late_writes() {
-    // PFN 7 and 8.
-    let bodies: Vec<_> = LateWrites::from_bitmap(&[0x80, 1]).bodies().collect();
+    let bodies: Vec<_> = LateWrites::new(vec![7, 8]).bodies().collect();
     assert_eq!(bodies, [example("late writes")]);
 }
