@@ -101,9 +101,13 @@ impl Input {
     ) -> Result<(), EngineError> {
         let mut filled = 0;
         while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
-            while !self.wait(bell, None)? {
-                if stop.load(Ordering::Relaxed) {
+            // Looked at before every wait: a ring may have been heard while there was something to read too.
+            loop {
+                if stop.load(Ordering::Acquire) {
                     return Err(EngineError::Aborted);
+                }
+                if self.wait(bell, None)? {
+                    break;
                 }
             }
             match self.file.read(rest) {

@@ -109,7 +109,7 @@ impl<D: Dispatch> Intake<D> {
 
     /// Has it stop reading; it may still be waiting for the channel or for the pool.
     pub fn stop(&self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::Release);
         self.ringer.ring();
     }
 

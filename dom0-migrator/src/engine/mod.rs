@@ -30,8 +30,9 @@
 //! | the target's filter or libxenguest fails | it closes its ends; the source's next write fails, and so does the save |
 //! | the save side stops early | both filters report a stream that ends before END |
 //!
-//! Threads: one per filter that owns all of its state, one or two that wait on the side channel, and the restorer's readers.
-//! They meet in bounded channels; there is no lock around anything that waits.
+//! Threads: on each side one that reads, one that decides and owns all state, and one that writes; beside them those that hash, those that
+//! serve the side channel, and the restorer's. They meet in bounded channels; there is no lock around anything that waits.
+//! `docs/stream.md` has every record byte by byte, and the states of both sides.
 
 mod config;
 mod descriptor;

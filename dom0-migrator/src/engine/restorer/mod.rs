@@ -7,8 +7,8 @@
 //!                          └────── buffers ◄───────────┘ a batch that is dropped
 //! ```
 //!
-//! One thread takes the next references ([`queue`]: the oldest, with its neighbours on the disk), and keeps as many reads in flight as
-//! the disk is worth ([`depth`]). What a read has brought is hashed page by page and handed over as a batch. Memory is bounded by the
+//! One thread takes the next references (`queue`: the oldest, with its neighbours on the disk), and keeps as many reads in flight as
+//! the disk is worth (`depth`). What a read has brought is hashed page by page and handed over as a batch. Memory is bounded by the
 //! number of buffers, whatever the guest's size; without a free one the reading waits, the stream never does.
 //!
 //! Where the kernel has no io_uring, or forbids it, threads that wait in `pread(2)` do the same.

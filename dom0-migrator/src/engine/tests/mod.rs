@@ -1,7 +1,9 @@
 //! Both filters against each other: a made-up save on one end, a model of libxenguest's restore on the other.
 
 mod chaos;
+mod examples;
 mod failures;
 mod guest_stream;
+mod interleavings;
 mod journey;
 mod pair;
