@@ -32,9 +32,9 @@ pub const LINE_MAX: usize = 256 * 1024;
 /// Longest greeting: nothing that a stranger sends is kept beyond it.
 pub const GREETING_MAX: usize = 256;
 
-/// What ties the connections of a migration together.
+/// What ties the connections of a migration together, and its records on both hosts: the migration's number.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "String", into = "String")]
 pub struct Token(String);
 
 impl Token {
@@ -46,6 +46,31 @@ impl Token {
         let mut bytes = [0; 16];
         std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
         Ok(Self(bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
+    }
+
+    /// A token as it is written: 32 hexadecimal digits, and nothing else, since it becomes the name of a file.
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        (text.len() == 32 && digits(text)).then(|| Self(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for Token {
+    type Error = &'static str;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        Self::parse(&text).ok_or("a token has 32 hexadecimal digits")
+    }
+}
+
+impl From<Token> for String {
+    fn from(token: Token) -> Self {
+        token.0
+    }
+}
+
+impl std::fmt::Display for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&self.0)
     }
 }
 

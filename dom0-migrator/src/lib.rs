@@ -7,6 +7,7 @@
 //! * [`lists`], [`disks`]: what the guest tells of its pages, and where the domain's disks are;
 //! * [`command`]: `migrate` and `receive`, which run `xl` with this program as its helper; [`control`] is what they say to
 //!   each other, [`handoff`] what they say to the helpers, [`report`] what comes of it;
+//! * [`handover`]: which side may run the domain, written down on both before it is done;
 //! * [`xen`], [`xenstore`]: Xen's libraries and its tree of values.
 
 pub mod command;
@@ -14,6 +15,7 @@ pub mod control;
 pub mod disks;
 pub mod engine;
 pub mod handoff;
+pub mod handover;
 pub mod helper;
 pub mod lists;
 pub mod report;
