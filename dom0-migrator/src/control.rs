@@ -11,21 +11,31 @@
 //!   │ ◄──────────────── Ready | Refused ─────│
 //!   │ ── stream: Greeting, side: Greeting ──►│  starts xl migrate-receive on the stream
 //!   │            … the migration …           │
-//!   │ ── GaveUp, if xl failed ──────────────►│
+//!   │ ── Given ─────────────────────────────►│  the hand-over (crate::handover)
+//!   │ ◄─────────────────────── Verdict ──────│
+//!   │ ── GaveUp, if xl failed before ───────►│
 //!   │ ◄──────────────────────── Finished ────│  xl is done, what it left behind is removed
 //! ```
 //!
-//! The token ties connections together; it keeps nobody out. Like xl's own stream, all of this belongs on a network that
-//! only the hosts share.
+//! A source that does not know what became of a domain asks, on a control connection of its own:
+//!
+//! ```text
+//! resolve                                  receive
+//!   │ ── control: Greeting, Ask { id } ─────►│  decides, if that was left open
+//!   │ ◄─────────── Verdict | Refused ────────│
+//! ```
+//!
+//! The token ties connections together; it keeps nobody out: certificates do ([`crate::command`]).
 
 use std::io::{self, BufRead, Read, Write};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::handover::Verdict;
 use crate::report::RestoreReport;
 
 /// Version of everything that the two commands say to each other. Another one is refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// Longest line in bytes.
 pub const LINE_MAX: usize = 256 * 1024;
@@ -120,9 +130,17 @@ pub enum FromSource {
         /// Whether all pages are compared at the end.
         debug: bool,
     },
-    /// xl has failed at the source: what has not come by now does not come. (A connection that is merely lost says nothing; the
-    /// two xl may well be going on.)
+    /// The source has written down that the target may run the domain.
+    Given,
+    /// xl has failed at the source: what has not come by now does not come.
     GaveUp,
+    /// What became of a migration? The first line of its connection.
+    Ask {
+        /// The migration.
+        id: Token,
+        /// Name of its domain.
+        domain: String,
+    },
 }
 
 /// What the target says.
@@ -136,6 +154,8 @@ pub enum FromTarget {
         /// Why, and what to do.
         reason: String,
     },
+    /// What became of the domain, once for all.
+    Verdict(Verdict),
     /// xl is done.
     Finished(Box<TargetOutcome>),
 }

@@ -10,6 +10,8 @@
 //!   │ ── Event::Hello { role, domain } ──────►│
 //!   │ ◄──────────── Order, and its socket ────│
 //!   │ ── Event::… while it works ────────────►│
+//!   │ ── a carrier: Event::Permission ───────►│
+//!   │ ◄───────────────────────────── Answer ──│
 //!   │ ── Event::Saved / Restored / Carried ──►│
 //!   │ ── closes ─────────────────────────────►│
 //! ```
@@ -87,8 +89,22 @@ pub enum Event {
     Saved(Box<SaveReport>),
     /// The target's helper is done.
     Restored(Box<RestoreReport>),
+    /// The carrier holds xl's permission to run the domain at the target, and waits for an [`Answer`].
+    Permission,
     /// The carrier is done.
     Carried(CarriedReport),
+}
+
+/// What a carrier is to tell its xl, which has given permission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// The domain runs at the target: xl removes its copy.
+    Runs,
+    /// It does not run there, and never will: xl lets its copy run on.
+    Kept,
+    /// Nobody knows: xl leaves its copy as it is, suspended.
+    Doubt,
 }
 
 /// Why the handoff failed.
@@ -224,6 +240,22 @@ impl Peer {
     /// [`HandoffError`] when the helper is gone.
     pub fn order(&self, order: &Order, socket: Option<&OwnedFd>) -> Result<(), HandoffError> {
         self.send(&serde_json::to_vec(order)?, socket.map(AsRawFd::as_raw_fd))
+    }
+
+    /// Answers a carrier that holds a permission.
+    ///
+    /// # Errors
+    /// [`HandoffError`] when it is gone.
+    pub fn answer(&self, answer: Answer) -> Result<(), HandoffError> {
+        self.send(&serde_json::to_vec(&answer)?, None)
+    }
+
+    /// Waits for the answer to a permission. A command that is gone cannot say what became of the domain.
+    pub fn wait_for_answer(&self) -> Answer {
+        match self.receive() {
+            Ok(Some((bytes, _))) => serde_json::from_slice(&bytes).unwrap_or(Answer::Doubt),
+            Ok(None) | Err(_) => Answer::Doubt,
+        }
     }
 
     /// Hears what the helper says; `None` when it is gone.

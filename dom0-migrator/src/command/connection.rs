@@ -2,7 +2,7 @@
 
 use std::io::{self, BufReader};
 use std::mem::MaybeUninit;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{Shutdown, TcpStream, ToSocketAddrs};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
@@ -29,19 +29,54 @@ pub fn with_port(target: &str) -> String {
     }
 }
 
+/// A connection between the hosts: what is read and written here, and the TCP connection that carries it. They are the same
+/// socket where nothing stands between.
+#[derive(Debug)]
+pub struct Wire {
+    /// What is read and written.
+    pub socket: TcpStream,
+    tcp: TcpStream,
+}
+
+impl Wire {
+    /// Over a TCP connection as it is.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn plain(tcp: TcpStream) -> io::Result<Self> {
+        prepare(&tcp)?;
+        Ok(Self { socket: tcp.try_clone()?, tcp })
+    }
+
+    /// The one descriptor, for another process.
+    pub fn into_socket(self) -> TcpStream {
+        self.socket
+    }
+
+    /// Bytes on the network, as the kernel counts them; 0 where it does not.
+    pub fn carried(&self) -> Carried {
+        carried(&self.tcp).unwrap_or_default()
+    }
+
+    /// Ends it in both directions.
+    pub fn hang_up(&self) {
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
 /// Connects and greets.
 ///
 /// # Errors
 /// The last address's error.
-pub fn connect(target: &str, connection: Connection, token: &Token) -> Result<TcpStream, LineError> {
+pub fn connect(target: &str, connection: Connection, token: &Token) -> Result<Wire, LineError> {
     let mut last = io::Error::new(io::ErrorKind::NotFound, "no address of that name");
     for address in target.to_socket_addrs()? {
         match TcpStream::connect_timeout(&address, CONNECT) {
-            Ok(mut stream) => {
-                prepare(&stream)?;
+            Ok(stream) => {
+                let mut wire = Wire::plain(stream)?;
                 let greeting = Greeting { poolskip: VERSION, connection, token: token.clone() };
-                control::write_line(&mut stream, &greeting)?;
-                return Ok(stream);
+                control::write_line(&mut wire.socket, &greeting)?;
+                return Ok(wire);
             }
             Err(error) => last = error,
         }
@@ -53,7 +88,7 @@ pub fn connect(target: &str, connection: Connection, token: &Token) -> Result<Tc
 ///
 /// # Errors
 /// What the system says.
-pub fn prepare(stream: &TcpStream) -> io::Result<()> {
+fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     setsockopt(stream, sockopt::KeepAlive, &true)?;
     setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_SECONDS)?;
@@ -103,7 +138,7 @@ const _: () = assert!(std::mem::offset_of!(TcpInfo, bytes_acked) == 120);
 ///
 /// # Errors
 /// What the kernel says, or that it is older than 4.1 and does not count.
-pub fn carried(stream: &TcpStream) -> io::Result<Carried> {
+fn carried(stream: &TcpStream) -> io::Result<Carried> {
     let mut info = MaybeUninit::<TcpInfo>::zeroed();
     let mut length = size_of::<TcpInfo>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes to the structure.
@@ -161,13 +196,13 @@ mod tests {
             (greeting, rest.len())
         });
         let mut near = connect(&address, Connection::Side, &token).unwrap();
-        near.write_all(&[0; 3000]).unwrap();
-        near.read_exact(&mut [0; 100]).unwrap();
-        near.shutdown(std::net::Shutdown::Write).unwrap();
+        near.socket.write_all(&[0; 3000]).unwrap();
+        near.socket.read_exact(&mut [0; 100]).unwrap();
+        near.socket.shutdown(Shutdown::Write).unwrap();
         let (greeting, rest) = far.join().unwrap();
         assert_eq!((greeting.connection, rest), (Connection::Side, 3000));
         let greeted = serde_json::to_vec(&greeting).unwrap().len() as u64 + 1;
-        let carried = carried(&near).unwrap();
+        let carried = carried(&near.tcp).unwrap();
         // The closing of a side counts as one byte more.
         assert!((100..=101).contains(&carried.received), "{carried:?}");
         assert!((3000 + greeted..=3001 + greeted).contains(&carried.sent), "{carried:?}");

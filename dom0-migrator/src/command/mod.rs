@@ -5,11 +5,21 @@ mod child;
 mod connection;
 mod domain;
 mod follow;
+mod host;
+mod judge;
+mod link;
 mod migrate;
 mod progress;
 mod receive;
+mod relay;
+mod resolve;
+mod session;
+mod settle;
 mod signals;
+mod status;
 mod summary;
+mod watch;
+mod xl_words;
 
 pub use summary::{Outcome, Summary};
 
@@ -27,7 +37,7 @@ pub const EXIT_FAILED: u8 = 1;
 pub const EXIT_NOT_BEGUN: u8 = 2;
 /// Exit code: interrupted by a signal, and the domain runs on here.
 pub const EXIT_INTERRUPTED: u8 = 3;
-/// Exit code: the link broke in xl's last handshake; look at both hosts which of them runs the domain.
+/// Exit code: the hosts lost each other in the hand-over; the domain stands suspended here, and `resolve` settles it.
 pub const EXIT_UNDEFINED: u8 = 4;
 
 /// Port that `migrate` connects to when none is given.
@@ -36,7 +46,8 @@ pub const DEFAULT_PORT: u16 = 8002;
 /// Live migration of Xen domains that sends references in place of pages which lie on shared storage.
 ///
 /// Exit codes: 0 the domain runs at the target; 1 the migration failed and the domain runs on here; 2 nothing was begun;
-/// 3 interrupted, the domain runs on here; 4 the link broke in xl's last handshake: look at both hosts.
+/// 3 interrupted, the domain runs on here; 4 the hosts lost each other in the hand-over: the domain stands suspended here until
+/// `resolve` has heard from the target.
 #[derive(Debug, Parser)]
 #[command(name = "dom0-migrator", version)]
 pub enum Command {
@@ -44,6 +55,14 @@ pub enum Command {
     Migrate(Migrate),
     /// Receive domains.
     Receive(Receive),
+    /// Settle migrations that were cut off: find which side may run the domain, and make it so.
+    Resolve(Resolve),
+    /// Show the migrations of this host that are not over, or one of them.
+    Status(Status),
+    /// Show all migrations that are on record.
+    List(List),
+    /// Have a running migration give up; the domain stays at the source.
+    Cancel(Cancel),
     /// Carry xl's stream to the network (started by xl for `migrate`).
     #[command(hide = true)]
     Carry,
@@ -85,11 +104,51 @@ pub struct Receive {
     pub once: bool,
 }
 
+/// Options of `resolve`.
+#[derive(Debug, Args)]
+pub struct Resolve {
+    /// Number of the migration, or name of its domain; all that are open when not given.
+    pub id: Option<String>,
+    /// Where the target's `receive` listens now, when it is not where it was: HOST or HOST:PORT.
+    #[arg(long, value_name = "HOST[:PORT]")]
+    pub peer: Option<String>,
+}
+
+/// Options of `status`.
+#[derive(Debug, Args)]
+pub struct Status {
+    /// Number of the migration, or name of its domain.
+    pub migration: Option<String>,
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `list`.
+#[derive(Debug, Args)]
+pub struct List {
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Options of `cancel`.
+#[derive(Debug, Args)]
+pub struct Cancel {
+    /// Number of the migration, or name of its domain.
+    pub migration: String,
+}
+
 /// Does what the command line says.
 pub fn run(command: Command) -> ExitCode {
+    let records = None;
     let code = match command {
-        Command::Migrate(options) => migrate::run(&options),
-        Command::Receive(options) => receive::run(&options),
+        Command::Migrate(options) => migrate::run(&options, records),
+        Command::Receive(options) => receive::run(&options, records),
+        Command::Resolve(options) => resolve::run(&options, records),
+        Command::Status(options) => status::status(&options, records),
+        Command::List(options) => status::list(&options, records),
+        Command::Cancel(options) => status::cancel(&options, records),
         Command::Carry => carry::run(),
     };
     ExitCode::from(code)

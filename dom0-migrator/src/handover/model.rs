@@ -240,14 +240,16 @@ impl World {
             TargetXl::Receives if self.source_copy == Copied::Still && self.target_copy == Copied::Absent => {
                 steps.push(self.to("memory complete", |w| w.target_copy = Copied::Still));
             }
-            TargetXl::Receives if self.target_copy == Copied::Still => {
-                // xl says "ready", which the session writes down before it passes it on.
-                if self.target_command == Command::First && self.target == TargetState::Receiving {
-                    steps.push(self.to("write ready", |w| {
-                        w.step_target(TargetEvent::Complete);
-                        w.target_xl = TargetXl::WaitsForGo;
-                    }));
-                }
+            // xl says "ready", which the session writes down before it passes it on.
+            TargetXl::Receives
+                if self.target_copy == Copied::Still
+                    && self.target_command == Command::First
+                    && self.target == TargetState::Receiving =>
+            {
+                steps.push(self.to("write ready", |w| {
+                    w.step_target(TargetEvent::Complete);
+                    w.target_xl = TargetXl::WaitsForGo;
+                }));
             }
             TargetXl::ToldGo => {
                 steps.push(self.to("xl starts it", |w| {

@@ -374,16 +374,25 @@ where
     /// # Errors
     /// [`RecordError`]. The state is then what it was; if the disk failed, the file may have either.
     pub fn step(&mut self, event: S::Event) -> Result<S, RecordError> {
-        let next = self.content.state.after(event)?;
-        let mut content = self.content.clone();
-        content.state = next;
-        content.history.push((next, now()));
-        tracing::debug!(id = %content.id, state = next.name(), ?event, "recorded");
-        let before = std::mem::replace(&mut self.content, content);
+        let before = self.content.clone();
+        let next = self.note(event)?;
         if let Err(error) = self.write() {
             self.content = before;
             return Err(error);
         }
+        Ok(next)
+    }
+
+    /// Takes a step that need not be on disk: if this process ends now, whoever finds the state before does the same as in the
+    /// one after. It goes to disk with the next one.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub fn note(&mut self, event: S::Event) -> Result<S, RecordError> {
+        let next = self.content.state.after(event)?;
+        self.content.state = next;
+        self.content.history.push((next, now()));
+        tracing::debug!(id = %self.content.id, state = next.name(), ?event, "step");
         Ok(next)
     }
 }

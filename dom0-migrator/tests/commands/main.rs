@@ -38,6 +38,7 @@ impl Host {
         let node = self.node(id);
         fs::create_dir_all(&node).unwrap();
         fs::write(node.join("name"), name).unwrap();
+        fs::write(node.join("state"), "running").unwrap();
         self
     }
 
@@ -62,19 +63,47 @@ impl Host {
             .env("PATH", format!("{}:{path}", directory.display()))
             .env("XENSTORED_PATH", directory.join("xenstored"))
             .env("XS", directory.join("xs"))
+            .env("POOLSKIP_MIGRATIONS", directory.join("migrations"))
             .env("FAULT", fault)
             .stderr(Stdio::piped());
         command
     }
 
+    /// The domain's state, by its name.
+    fn state(&self, name: &str) -> String {
+        let all = fs::read_dir(self.directory.path().join("xs/local/domain")).unwrap();
+        let found = all
+            .flatten()
+            .find(|entry| fs::read_to_string(entry.path().join("name")).is_ok_and(|found| found == name));
+        found.map_or("absent".into(), |entry| fs::read_to_string(entry.path().join("state")).unwrap())
+    }
+
+    /// Runs a command that ends by itself: its exit code and what it printed.
+    fn run(&self, arguments: &[&str]) -> (i32, String) {
+        let output = self.command("").args(arguments).output().unwrap();
+        (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// States of all records, `status` and `list` told.
+    fn records(&self, what: &str) -> Vec<(String, bool)> {
+        let (_, json) = self.run(&[what, "--json"]);
+        let shown: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
+        shown.iter().map(|one| (one["state"].as_str().unwrap().into(), one["active"] == true)).collect()
+    }
+
     fn receive(&self, fault: &str, options: &[&str]) -> Receiver {
-        let address = free_address();
+        self.receive_at(free_address(), fault, options)
+    }
+
+    fn receive_at(&self, address: String, fault: &str, options: &[&str]) -> Receiver {
         let mut child =
             self.command(fault).args(["receive", "--listen", &address]).args(options).spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
-        stderr.read_line(&mut line).unwrap();
-        assert!(line.contains("ready to receive"), "{line}");
+        while !line.contains("ready to receive") {
+            line.clear();
+            assert!(stderr.read_line(&mut line).unwrap() > 0, "receive has ended");
+        }
         // The rest is read, so that the pipe never fills.
         std::thread::spawn(move || drain(stderr));
         Receiver { child, address }
@@ -118,6 +147,12 @@ impl Receiver {
         panic!("receive did not end");
     }
 
+    /// As SIGKILL does: nothing is cleaned up.
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().cast_signed()), signal).unwrap();
     }
@@ -136,6 +171,12 @@ struct Migrating {
 }
 
 impl Migrating {
+    /// As SIGKILL does: nothing is cleaned up.
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     fn wait(self) -> Ended {
         // A migration that hangs is ended, and then fails the test by its exit code.
         let pid = Pid::from_raw(self.child.id().cast_signed());
@@ -201,13 +242,6 @@ fn a_killed_receiver_of_xl_leaves_nothing_and_the_daemon_goes_on() {
         assert_eq!(ended.summary["target"]["incoming_destroyed"], true, "{:#}", ended.summary);
         assert_eq!((source.domains(), target.domains()), (vec!["db1".to_owned()], vec![]));
     }
-}
-
-#[test]
-fn a_link_that_breaks_in_the_last_handshake_is_told_as_such() {
-    let (source, target) = (Host::new().with_domain(3, "db1"), Host::new());
-    let receiver = target.receive("target-dies-late", &[]);
-    source.migrate("", "db1", &receiver.address).expect(EXIT_UNDEFINED, "undefined");
 }
 
 #[test]
@@ -283,4 +317,180 @@ fn has_children(pid: u32) -> bool {
             fs::read_to_string(task.path().join("children")).is_ok_and(|children| !children.trim().is_empty())
         })
     })
+}
+
+/// A pair of hosts with db1 running on the first.
+fn pair() -> (Host, Host) {
+    (Host::new().with_domain(3, "db1"), Host::new())
+}
+
+/// db1 runs on one of them alone, and nothing else is anywhere.
+fn runs_only_at(there: &Host, not_there: &Host) {
+    assert_eq!((there.domains(), not_there.domains()), (vec!["db1".to_owned()], vec![]));
+    assert_eq!(there.state("db1"), "running");
+}
+
+#[test]
+fn an_xl_that_dies_before_the_hand_over_leaves_the_domain_running_here() {
+    for fault in ["source-dies", "source-dies-suspended", "source-dies-before-go"] {
+        let (source, target) = pair();
+        let receiver = target.receive("", &[]);
+        source.migrate(fault, "db1", &receiver.address).expect(EXIT_FAILED, "failed");
+        runs_only_at(&source, &target);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+        runs_only_at(&target, &source);
+    }
+}
+
+#[test]
+fn an_xl_that_dies_after_permission_is_done_without() {
+    let (source, target) = pair();
+    let receiver = target.receive("", &[]);
+    source.migrate("source-dies-after-go", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+    runs_only_at(&target, &source);
+}
+
+#[test]
+fn a_target_that_does_not_start_it_gives_it_back_and_the_next_attempt_works() {
+    for fault in ["target-dies", "target-cannot-start", "target-says-nonsense"] {
+        let (source, target) = pair();
+        let mut receiver = target.receive(fault, &["--once"]);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_FAILED, "failed");
+        assert_eq!(receiver.exit(), Some(i32::from(EXIT_FAILED)), "{fault}");
+        runs_only_at(&source, &target);
+        let receiver = target.receive("", &[]);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+        runs_only_at(&target, &source);
+    }
+}
+
+/// The permission and the news of xl's end may arrive in either order; both ends are right, and the exit code tells which it is.
+#[test]
+fn an_xl_that_dies_when_all_has_come_loses_nothing() {
+    let (source, target) = pair();
+    let receiver = target.receive("target-dies-ready", &[]);
+    let ended = source.migrate("", "db1", &receiver.address);
+    match ended.code.try_into() {
+        Ok(EXIT_MIGRATED) => runs_only_at(&target, &source),
+        Ok(EXIT_FAILED) => runs_only_at(&source, &target),
+        _ => panic!("{}\n{:#}", ended.stderr, ended.summary),
+    }
+}
+
+#[test]
+fn an_xl_that_dies_at_the_target_with_permission_is_done_without() {
+    for fault in ["target-dies-go", "target-dies-started"] {
+        let (source, target) = pair();
+        let receiver = target.receive(fault, &[]);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+        runs_only_at(&target, &source);
+    }
+}
+
+#[test]
+fn a_receiver_killed_in_the_hand_over_and_begun_again_finishes_it() {
+    let (source, target) = pair();
+    let mut receiver = target.receive("target-holds-go", &[]);
+    let migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("the hand-over", || target.records("status") == [("accepted".into(), true)]);
+    receiver.kill();
+    assert_eq!(source.state("db1--migratedaway"), "suspended");
+    // The source asks again until somebody answers.
+    let _again = target.receive_at(receiver.address.clone(), "", &[]);
+    migrating.wait().expect(EXIT_MIGRATED, "migrated");
+    runs_only_at(&target, &source);
+}
+
+#[test]
+fn a_receiver_killed_before_the_hand_over_leaves_nothing_that_the_next_does_not_remove() {
+    let (source, target) = pair();
+    let mut receiver = target.receive("target-holds-ready", &[]);
+    let migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("all memory", || {
+        source.state("db1") == "suspended" && target.state("db1--incoming") == "paused"
+    });
+    receiver.kill();
+    migrating.wait().expect(EXIT_FAILED, "failed");
+    assert_eq!(source.state("db1"), "running");
+    let receiver = target.receive("", &[]);
+    runs_only_at(&source, &target);
+    source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+    runs_only_at(&target, &source);
+}
+
+#[test]
+fn a_sender_killed_in_the_hand_over_is_in_doubt_until_the_target_is_asked() {
+    let (source, target) = pair();
+    let mut receiver = target.receive("target-holds-go", &[]);
+    let mut migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("the hand-over", || target.records("status") == [("accepted".into(), true)]);
+    migrating.kill();
+    receiver.kill();
+    assert_eq!(source.records("status"), [("given".into(), false)]);
+    // The target cannot be reached: it stays where it is, and says where.
+    let (code, said) = source.run(&["resolve"]);
+    assert_eq!(code, i32::from(EXIT_UNDEFINED), "{said}");
+    assert!(said.contains("db1--migratedaway stands suspended on this host"), "{said}");
+    assert_eq!(source.state("db1--migratedaway"), "suspended");
+    // A new migration would have to resolve it first, and cannot either.
+    assert_eq!(source.migrate("", "db1", &receiver.address).code, i32::from(EXIT_NOT_BEGUN));
+    // It has moved to another port meanwhile.
+    let again = target.receive("", &[]);
+    assert_eq!(target.state("db1"), "running");
+    let (code, said) = source.run(&["resolve", "db1", "--peer", &again.address]);
+    assert_eq!((code, said.contains("runs at the target")), (0, true), "{said}");
+    runs_only_at(&target, &source);
+    assert_eq!(source.records("list"), [("removed".into(), false)]);
+    assert!(source.records("status").is_empty());
+}
+
+#[test]
+fn a_sender_killed_before_the_hand_over_is_taken_back() {
+    let (source, target) = pair();
+    let receiver = target.receive("target-holds-ready", &[]);
+    let mut migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("all memory", || {
+        source.state("db1") == "suspended" && target.state("db1--incoming") == "paused"
+    });
+    migrating.kill();
+    let (code, said) = source.run(&["resolve", "db1"]);
+    assert_eq!((code, said.contains("runs on this host")), (0, true), "{said}");
+    wait_until("the target's end", || target.domains().is_empty());
+    runs_only_at(&source, &target);
+    assert_eq!(target.records("list"), [("removed".into(), false)]);
+    assert_eq!(source.run(&["resolve"]).1.trim(), "nothing to resolve here");
+}
+
+#[test]
+fn the_target_decides_against_what_it_was_not_given() {
+    let (source, target) = pair();
+    let mut receiver = target.receive("target-holds-ready", &[]);
+    let mut migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("all memory", || target.state("db1--incoming") == "paused");
+    migrating.kill();
+    receiver.kill();
+    let (code, said) = target.run(&["resolve"]);
+    assert_eq!((code, said.contains("does not run on this host")), (0, true), "{said}");
+    assert_eq!(source.run(&["resolve"]).0, 0);
+    runs_only_at(&source, &target);
+}
+
+#[test]
+fn a_migration_is_cancelled_from_either_side() {
+    for from_source in [true, false] {
+        let (source, target) = pair();
+        let receiver = target.receive("target-mute", &[]);
+        let migrating = source.start_migrate("", "db1", &receiver.address);
+        wait_until("the migration", || {
+            source.records("status") == [("sending".into(), true)] && has_children(receiver.child.id())
+        });
+        let (code, outcome) =
+            if from_source { (EXIT_INTERRUPTED, "interrupted") } else { (EXIT_FAILED, "failed") };
+        let host = if from_source { &source } else { &target };
+        assert_eq!(host.run(&["cancel", "db1"]).0, 0);
+        migrating.wait().expect(code, outcome);
+        wait_until("the target's end", || target.records("status").is_empty());
+        runs_only_at(&source, &target);
+        assert_eq!(host.run(&["cancel", "db1"]).0, i32::from(EXIT_FAILED));
+    }
 }
