@@ -48,8 +48,17 @@ pub enum Role {
     Carrier,
 }
 
+/// A disk of a domain that is received.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnDisk {
+    /// Number of the virtual device.
+    pub vdev: u32,
+    /// Where this host finds it.
+    pub path: PathBuf,
+}
+
 /// What a helper is to do. The socket that comes with it is the side channel (for a carrier, the stream).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Order {
     /// Whether a socket comes with it.
     pub socket: bool,
@@ -59,6 +68,10 @@ pub struct Order {
     pub wait_lists_seconds: u64,
     /// Whether all pages are to be compared at the end. The target then fails when nothing was compared.
     pub debug: bool,
+    /// Target: the domain's disks as its configuration names them; no other is opened. Empty when the configuration could not
+    /// be read: then none is.
+    #[serde(default)]
+    pub own_disks: Vec<OwnDisk>,
 }
 
 /// What a helper says.
@@ -337,7 +350,7 @@ mod tests {
         let peer = listener.accept().unwrap();
         let hello = peer.hear().unwrap().unwrap();
         assert!(matches!(hello, Event::Hello { role: Role::Save, domain: Some(DomainId(4)), .. }));
-        let order = Order { socket: true, references: true, wait_lists_seconds: 30, debug: false };
+        let order = Order { socket: true, references: true, wait_lists_seconds: 30, ..Order::default() };
         peer.order(&order, Some(&near.into())).unwrap();
         let mut text = String::new();
         far.read_to_string(&mut text).unwrap();

@@ -25,6 +25,7 @@ use super::{
     signals,
 };
 use crate::control::{HelperKind, Token};
+use crate::disks;
 use crate::handoff::{HandoffError, Listener, Order};
 use crate::handover::record::{Process, Record, RecordError, Records};
 use crate::handover::{SourceEvent, SourceState};
@@ -135,12 +136,14 @@ fn migrate(
     let token = Token::random().map_err(system("a random token"))?;
     let mut link =
         Link::open(&connection::with_port(&options.target), token.clone(), &domain, helper, options.debug)?;
+    let disks_refused = disks::survey(&mut Xenstore::open()?, domain.id)?.refused;
     let listener = Arc::new(Listener::bind()?);
     let order = Order {
         socket: true,
         references: !options.no_references,
         wait_lists_seconds: options.wait_lists,
         debug: options.debug,
+        ..Order::default()
     };
     serve(&listener, &link, order, tell).map_err(system("handoff"))?;
     let mut record =
@@ -190,6 +193,7 @@ fn migrate(
         wire,
         save: saved,
         carried,
+        disks_refused,
         target: target.ok(),
     }))
 }

@@ -9,7 +9,10 @@ use std::process::{ChildStdin, ChildStdout};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde_json::Value;
+
 use super::xl_words::{BANNER, GO, READY, Word, Words};
+use crate::stream_head::StreamHead;
 
 /// Bytes of one step into xl's pipe; the pipe is made to hold as many.
 const STEP: usize = 256 * 1024;
@@ -48,7 +51,8 @@ impl Inlet {
     }
 }
 
-/// Begins to pass on, in two threads that end with xl. `complete` is called before xl's "ready" is passed on, and says whether it
+/// Begins to pass on, in two threads that end with xl. `configured` is given the domain's configuration before xl has it whole;
+/// `complete` is called before xl's "ready" is passed on, and says whether it
 /// may be; `said` hears the rest.
 ///
 /// # Errors
@@ -57,6 +61,7 @@ pub fn start(
     stream: &TcpStream,
     stdin: ChildStdin,
     stdout: ChildStdout,
+    configured: impl FnOnce(&Value) + Send + 'static,
     complete: impl FnOnce() -> bool + Send + 'static,
     said: impl Fn(Said) + Send + 'static,
 ) -> io::Result<Inlet> {
@@ -67,7 +72,9 @@ pub fn start(
     let inlet = Inlet { pipe: Arc::new(Mutex::new(Some(pipe))), ready: Arc::default() };
     let (into, outof) = (stream.try_clone()?, stream.try_clone()?);
     let gate = inlet.clone();
-    std::thread::Builder::new().name("stream in".into()).spawn(move || pass_in(into, own, &gate))?;
+    std::thread::Builder::new()
+        .name("stream in".into())
+        .spawn(move || pass_in(into, own, &gate, configured))?;
     let ready = inlet.ready.clone();
     std::thread::Builder::new().name("stream out".into()).spawn(move || {
         let mut complete = Some(complete);
@@ -81,14 +88,21 @@ pub fn start(
 }
 
 /// Passes memory on. Once xl was "ready" nothing is passed any more, whatever comes.
-fn pass_in(mut stream: TcpStream, mut pipe: File, inlet: &Inlet) {
+fn pass_in(mut stream: TcpStream, mut pipe: File, inlet: &Inlet, configured: impl FnOnce(&Value)) {
+    let (mut head, mut configured) = (StreamHead::default(), Some(configured));
     let mut buffer = vec![0; STEP];
     loop {
         match stream.read(&mut buffer) {
             Ok(0) => break,
             Ok(_) if inlet.ready.load(Ordering::Acquire) => break,
             Ok(length) => {
-                if pipe.write_all(buffer.get(..length).unwrap_or_default()).is_err() {
+                let bytes = buffer.get(..length).unwrap_or_default();
+                if let Some(configuration) = head.take(bytes)
+                    && let Some(configured) = configured.take()
+                {
+                    configured(&configuration);
+                }
+                if pipe.write_all(bytes).is_err() {
                     break;
                 }
             }

@@ -10,13 +10,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use super::child::{self, Xl};
 use super::connection::Wire;
 use super::relay::{self, Inlet, Said};
 use super::settle::{self, SettleError};
 use crate::control::{self, FromSource, FromTarget, HelperKind, TargetOutcome};
-use crate::handoff::{Event, HandoffError, Listener, Order, Peer};
+use crate::disks::{self, RefusedDisk};
+use crate::engine::DiskName;
+use crate::handoff::{Event, HandoffError, Listener, Order, OwnDisk, Peer};
 use crate::handover::record::{Process, Record};
 use crate::handover::{TargetEvent, TargetState, Verdict};
 use crate::report::RestoreReport;
@@ -95,6 +98,8 @@ struct Heard {
     /// The restored domain's number.
     domain: Mutex<Option<DomainId>>,
     restored: Mutex<Option<RestoreReport>>,
+    /// The domain's disks, from its configuration at the head of the stream, which xl reads before it starts the helper.
+    disks: Arc<Mutex<Vec<OwnDisk>>>,
     attending: AtomicUsize,
     mismatch_lines: AtomicU64,
 }
@@ -124,9 +129,9 @@ impl Session<'_> {
     ) -> Result<TargetOutcome, SessionError> {
         let heard = Arc::new(Heard::default());
         let listener = Arc::new(Listener::bind()?);
-        let order = Order { socket: true, references: true, wait_lists_seconds: 0, debug: self.compare };
+        let order = Order { references: true, debug: self.compare, ..Order::default() };
         serve(&listener, side.into_socket(), order, &heard, &self.record).map_err(system("handoff"))?;
-        let (mut xl, inlet) = self.start_xl(&listener, &heard, tell)?;
+        let (mut xl, inlet) = self.start_xl(&listener, &heard, &heard.disks, tell)?;
         let process = Process::of(xl.pid());
         lock(&self.record).amend(|content| content.xl = process)?;
         let mut run = Run {
@@ -172,12 +177,13 @@ impl Session<'_> {
         &self,
         listener: &Listener,
         heard: &Arc<Heard>,
+        disks_of: &Arc<Mutex<Vec<OwnDisk>>>,
         tell: &Sender<Happening>,
     ) -> Result<(Xl, Inlet), SessionError> {
         let failed = || system("xl migrate-receive");
         let mut command = child::xl(&["migrate-receive"], self.helper, listener.path()).map_err(failed())?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let heard = heard.clone();
+        let (heard, disks_of) = (heard.clone(), disks_of.clone());
         let mut xl = Xl::start(command, move |line| {
             tracing::info!("xl: {line}");
             if line.contains("verify pfn ") && line.contains(" failed") {
@@ -194,7 +200,15 @@ impl Session<'_> {
                 false
             }
         };
-        let inlet = relay::start(&self.stream.socket, stdin, stdout, complete, move |said| {
+        let configured = move |configuration: &Value| {
+            let found = disks::of_configuration(configuration);
+            for RefusedDisk { disk, reason } in &found.refused {
+                tracing::info!(disk, reason, "the disk's pages come over the network");
+            }
+            let own = |disk: DiskName| OwnDisk { vdev: disk.vdev.0, path: disk.path };
+            *lock(&disks_of) = found.readable.into_iter().map(own).collect();
+        };
+        let inlet = relay::start(&self.stream.socket, stdin, stdout, configured, complete, move |said| {
             let _ = tell.send(Happening::Xl(said));
         })
         .map_err(failed())?;
@@ -375,7 +389,8 @@ fn attend(
     if let Err(error) = lock(record).amend(|content| content.domain_id = domain) {
         tracing::warn!(%error, "the domain's number is not in the record");
     }
-    peer.order(&Order { socket: side.is_some(), ..order.clone() }, side.as_ref())?;
+    let own_disks = lock(&heard.disks).clone();
+    peer.order(&Order { socket: side.is_some(), own_disks, ..order.clone() }, side.as_ref())?;
     drop(side);
     while let Some(event) = peer.hear()? {
         if let Event::Restored(report) = event {

@@ -24,7 +24,8 @@ use crate::xenstore::Xenstore;
 
 /// What a helper does that no command of ours has started: it takes zero pages out of nothing, since there is no side channel,
 /// and is otherwise libxl's own.
-const ALONE: Order = Order { socket: false, references: false, wait_lists_seconds: 0, debug: false };
+const ALONE: Order =
+    Order { socket: false, references: false, wait_lists_seconds: 0, debug: false, own_disks: Vec::new() };
 
 /// How long a filter may take to end after a save that failed; its way to the target may be blocked.
 const FAREWELL: Duration = Duration::from_secs(5);
