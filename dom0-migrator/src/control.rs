@@ -7,7 +7,7 @@
 //! ```text
 //! migrate                                  receive
 //!   │ ── control: Greeting ─────────────────►│
-//!   │ ── Start { domain, helper, debug } ───►│  is there a NAME--incoming already?
+//!   │ ── Start { domain, helper, … } ───────►│  is there a NAME--incoming already?
 //!   │ ◄──────────────── Ready | Refused ─────│
 //!   │ ── stream: Greeting, side: Greeting ──►│  starts xl migrate-receive on the stream
 //!   │            … the migration …           │
@@ -36,6 +36,10 @@ use crate::report::RestoreReport;
 
 /// Version of everything that the two commands say to each other. Another one is refused.
 pub const VERSION: u32 = 2;
+
+/// Version of what the two helpers say to each other, in the stream and beside it; raised with [`crate::engine::side_message`]'s.
+/// Between hosts that differ in it only libxl's own helper runs.
+pub const STREAM_VERSION: u16 = 1;
 
 /// Longest line in bytes.
 pub const LINE_MAX: usize = 256 * 1024;
@@ -125,8 +129,10 @@ pub enum FromSource {
     Start {
         /// Name of the domain.
         domain: String,
-        /// The helper that both sides run.
+        /// The helper that both sides are to run.
         helper: HelperKind,
+        /// The source's [`STREAM_VERSION`].
+        stream_version: u16,
         /// Whether all pages are compared at the end.
         debug: bool,
     },
@@ -148,7 +154,10 @@ pub enum FromSource {
 #[serde(rename_all = "snake_case")]
 pub enum FromTarget {
     /// The other connections may come.
-    Ready,
+    Ready {
+        /// Why both sides run libxl's own helper, although the other was wanted.
+        stock_because: Option<String>,
+    },
     /// No.
     Refused {
         /// Why, and what to do.
@@ -263,11 +272,12 @@ mod tests {
     #[test]
     fn lines_come_one_by_one() {
         let mut bytes = Vec::new();
-        write_line(&mut bytes, &FromTarget::Ready).unwrap();
+        let ready = FromTarget::Ready { stock_because: None };
+        write_line(&mut bytes, &ready).unwrap();
         let finished = FromTarget::Finished(Box::new(TargetOutcome { started: true, ..Default::default() }));
         write_line(&mut bytes, &finished).unwrap();
         let mut from = &bytes[..];
-        assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), FromTarget::Ready);
+        assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), ready);
         assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), finished);
         assert!(matches!(read_line::<FromTarget>(&mut from), Err(LineError::Closed)));
     }

@@ -2,13 +2,16 @@
 
 use std::io::{self, BufReader};
 use std::mem::MaybeUninit;
-use std::net::{Shutdown, TcpStream, ToSocketAddrs};
-use std::os::fd::AsRawFd;
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::DEFAULT_PORT;
+use super::pump::{self, Bandwidth};
+use super::tls::Identity;
 use crate::control::{self, Connection, Greeting, LineError, Token, VERSION};
 
 /// How long a connection may take to be made.
@@ -29,8 +32,17 @@ pub fn with_port(target: &str) -> String {
     }
 }
 
+/// How connections between the hosts are made.
+#[derive(Clone, Debug, Default)]
+pub struct Transport {
+    /// Who this host is; none where connections are plain.
+    pub identity: Option<Identity>,
+    /// The limit on what is sent.
+    pub bandwidth: Option<Arc<Bandwidth>>,
+}
+
 /// A connection between the hosts: what is read and written here, and the TCP connection that carries it. They are the same
-/// socket where nothing stands between.
+/// socket where nothing stands between; else the first is one end of a socket pair.
 #[derive(Debug)]
 pub struct Wire {
     /// What is read and written.
@@ -38,16 +50,36 @@ pub struct Wire {
     tcp: TcpStream,
 }
 
-impl Wire {
-    /// Over a TCP connection as it is.
+impl Transport {
+    /// Takes a connection that has come. Not longer than a TLS handshake may take, whatever the peer does.
     ///
     /// # Errors
-    /// What the system says.
-    pub fn plain(tcp: TcpStream) -> io::Result<Self> {
+    /// What the system says, or why the peer is refused.
+    pub fn accept(&self, tcp: TcpStream) -> io::Result<Wire> {
         prepare(&tcp)?;
-        Ok(Self { socket: tcp.try_clone()?, tcp })
+        let tls = self.identity.as_ref().map(|identity| identity.accept(&tcp)).transpose()?;
+        self.wire(tcp, tls)
     }
 
+    fn connect(&self, address: &SocketAddr, host: &str) -> io::Result<Wire> {
+        let tcp = TcpStream::connect_timeout(address, CONNECT)?;
+        prepare(&tcp)?;
+        let tls = self.identity.as_ref().map(|identity| identity.connect(&tcp, host)).transpose()?;
+        self.wire(tcp, tls)
+    }
+
+    fn wire(&self, tcp: TcpStream, tls: Option<rustls::Connection>) -> io::Result<Wire> {
+        let socket = if tls.is_some() || self.bandwidth.is_some() {
+            // Of a socket, only what every kind of stream socket can do is used.
+            TcpStream::from(OwnedFd::from(pump::start(&tcp, tls, self.bandwidth.clone())?))
+        } else {
+            tcp.try_clone()?
+        };
+        Ok(Wire { socket, tcp })
+    }
+}
+
+impl Wire {
     /// The one descriptor, for another process.
     pub fn into_socket(self) -> TcpStream {
         self.socket
@@ -68,12 +100,17 @@ impl Wire {
 ///
 /// # Errors
 /// The last address's error.
-pub fn connect(target: &str, connection: Connection, token: &Token) -> Result<Wire, LineError> {
+pub fn connect(
+    target: &str,
+    connection: Connection,
+    token: &Token,
+    transport: &Transport,
+) -> Result<Wire, LineError> {
+    let host = target.rsplit_once(':').map_or(target, |(host, _)| host);
     let mut last = io::Error::new(io::ErrorKind::NotFound, "no address of that name");
     for address in target.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, CONNECT) {
-            Ok(stream) => {
-                let mut wire = Wire::plain(stream)?;
+        match transport.connect(&address, host) {
+            Ok(mut wire) => {
                 let greeting = Greeting { poolskip: VERSION, connection, token: token.clone() };
                 control::write_line(&mut wire.socket, &greeting)?;
                 return Ok(wire);
@@ -195,7 +232,7 @@ mod tests {
             far.read_to_end(&mut rest).unwrap();
             (greeting, rest.len())
         });
-        let mut near = connect(&address, Connection::Side, &token).unwrap();
+        let mut near = connect(&address, Connection::Side, &token, &Transport::default()).unwrap();
         near.socket.write_all(&[0; 3000]).unwrap();
         near.socket.read_exact(&mut [0; 100]).unwrap();
         near.socket.shutdown(Shutdown::Write).unwrap();

@@ -4,10 +4,12 @@ use std::io::BufReader;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use super::connection::{self, Wire};
+use super::connection::{self, Transport, Wire};
 use super::domain::Domain;
 use super::summary::WireBytes;
-use crate::control::{self, Connection, FromSource, FromTarget, HelperKind, LineError, TargetOutcome, Token};
+use crate::control::{
+    self, Connection, FromSource, FromTarget, HelperKind, LineError, STREAM_VERSION, TargetOutcome, Token,
+};
 use crate::handover::Verdict;
 
 /// How long the target may take to clean up and report.
@@ -53,10 +55,13 @@ pub struct Link {
     pub target: String,
     /// What ties the connections together.
     pub token: Token,
+    /// Why both sides run libxl's own helper, although the other was wanted.
+    pub stock_because: Option<String>,
     control: Wire,
     lines: BufReader<TcpStream>,
     stream: Wire,
     side: Wire,
+    transport: Transport,
     verdict: Option<Verdict>,
     finished: Option<TargetOutcome>,
 }
@@ -72,26 +77,30 @@ impl Link {
         domain: &Domain,
         helper: HelperKind,
         debug: bool,
+        transport: Transport,
     ) -> Result<Self, LinkError> {
         let at = |what| {
             let target = target.to_owned();
             move |source| LinkError::Target { what, target, source }
         };
         let refused = |reason| LinkError::Refused { target: target.to_owned(), reason };
-        let mut control =
-            connection::connect(target, Connection::Control, &token).map_err(at("cannot reach"))?;
+        let mut control = connection::connect(target, Connection::Control, &token, &transport)
+            .map_err(at("cannot reach"))?;
         let mut lines = connection::reader(&control.socket)?;
         control.socket.set_read_timeout(Some(ANSWER))?;
-        let start = FromSource::Start { domain: domain.name.clone(), helper, debug };
+        let start =
+            FromSource::Start { domain: domain.name.clone(), helper, stream_version: STREAM_VERSION, debug };
         control::write_line(&mut control.socket, &start).map_err(at("cannot talk to"))?;
-        match control::read_line(&mut lines).map_err(at("no answer from"))? {
-            FromTarget::Ready => {}
+        let stock_because = match control::read_line(&mut lines).map_err(at("no answer from"))? {
+            FromTarget::Ready { stock_because } => stock_because,
             FromTarget::Refused { reason } => return Err(refused(reason)),
             FromTarget::Finished(outcome) => return Err(refused(outcome.error.unwrap_or_default())),
             FromTarget::Verdict(verdict) => return Err(refused(format!("it says {verdict:?} already"))),
-        }
-        let stream = connection::connect(target, Connection::Stream, &token).map_err(at("cannot reach"))?;
-        let side = connection::connect(target, Connection::Side, &token).map_err(at("cannot reach"))?;
+        };
+        let stream = connection::connect(target, Connection::Stream, &token, &transport)
+            .map_err(at("cannot reach"))?;
+        let side =
+            connection::connect(target, Connection::Side, &token, &transport).map_err(at("cannot reach"))?;
         Ok(Self {
             target: target.to_owned(),
             token,
@@ -99,6 +108,8 @@ impl Link {
             lines,
             stream,
             side,
+            stock_because,
+            transport,
             verdict: None,
             finished: None,
         })
@@ -142,7 +153,7 @@ impl Link {
             "the target did not say what became of the domain; it is asked again"
         );
         while Instant::now() < until {
-            match ask(&self.target, &self.token, domain) {
+            match ask(&self.target, &self.token, domain, &self.transport) {
                 Ok(verdict) => return Ok(verdict),
                 Err(error) => problem = error,
             }
@@ -197,10 +208,10 @@ impl Link {
 ///
 /// # Errors
 /// Why it is not known, in words.
-pub fn ask(target: &str, id: &Token, domain: &str) -> Result<Verdict, String> {
+pub fn ask(target: &str, id: &Token, domain: &str, transport: &Transport) -> Result<Verdict, String> {
     let failed = |error: LineError| format!("{target}: {error}");
     let token = Token::random().map_err(|error| error.to_string())?;
-    let mut control = connection::connect(target, Connection::Control, &token).map_err(failed)?;
+    let mut control = connection::connect(target, Connection::Control, &token, transport).map_err(failed)?;
     let mut lines = connection::reader(&control.socket).map_err(|error| error.to_string())?;
     let _ = control.socket.set_read_timeout(Some(VERDICT));
     let question = FromSource::Ask { id: id.clone(), domain: domain.to_owned() };

@@ -6,13 +6,14 @@
 
 use std::fs::File;
 use std::io::Write as _;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use enlightenment::xenstore::RequestKind;
 
+use super::configuration::{Configuration, ConfigurationError};
+use super::connection::Transport;
 use super::domain::{self, Domain, DomainError};
 use super::judge::{Ended, judge};
 use super::link::{self, Link, LinkError};
@@ -30,6 +31,7 @@ use crate::handoff::{HandoffError, Listener, Order};
 use crate::handover::record::{Process, Record, RecordError, Records};
 use crate::handover::{SourceEvent, SourceState};
 use crate::lists::Requester;
+use crate::xen::release::Release;
 use crate::xenstore::{StoreError, Xenstore};
 
 /// Why nothing was begun.
@@ -50,6 +52,9 @@ pub enum MigrateError {
     /// The record of this migration.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The certificates.
+    #[error(transparent)]
+    Configuration(#[from] ConfigurationError),
     /// An earlier migration of this domain is not settled.
     #[error("an earlier migration of {domain} is not settled: {source}")]
     Earlier {
@@ -73,7 +78,7 @@ fn system(what: &'static str) -> impl FnOnce(std::io::Error) -> MigrateError {
 }
 
 /// Migrates, prints the summary, writes it where it is wanted.
-pub fn run(options: &Migrate, records: Option<&Path>) -> u8 {
+pub fn run(options: &Migrate, configuration: &Configuration) -> u8 {
     let (tell, happenings) = channel();
     let on_signal = {
         let tell = tell.clone();
@@ -87,8 +92,9 @@ pub fn run(options: &Migrate, records: Option<&Path>) -> u8 {
             return EXIT_NOT_BEGUN;
         }
     };
-    let migrated =
-        on_signal.map_err(system("signals")).and_then(|()| migrate(options, records, &tell, &happenings));
+    let migrated = on_signal
+        .map_err(system("signals"))
+        .and_then(|()| migrate(options, configuration, &tell, &happenings));
     match migrated {
         Ok(summary) => {
             print!("{summary}");
@@ -124,24 +130,41 @@ fn write_json(file: Option<File>, summary: &impl serde::Serialize) {
 
 fn migrate(
     options: &Migrate,
-    records: Option<&Path>,
+    configuration: &Configuration,
     tell: &Sender<Happening>,
     happenings: &Receiver<Happening>,
 ) -> Result<Summary, MigrateError> {
-    let records = Records::open(records)?;
+    let transport = configuration.transport(&options.connecting)?;
+    let records = Records::open(Some(&configuration.records))?;
     records.prune();
-    let domain = settled(&records, &options.domain)?;
-    let helper = if options.stock { HelperKind::Stock } else { HelperKind::Poolskip };
+    let domain = settled(&records, &options.domain, &transport)?;
+    let mut helper = if options.stock { HelperKind::Stock } else { HelperKind::Poolskip };
+    if helper == HelperKind::Poolskip
+        && let Err(error) = Release::running()
+    {
+        tracing::warn!("a plain migration with libxl's own helper follows: {error}");
+        helper = HelperKind::Stock;
+    }
     let started = Instant::now();
     let token = Token::random().map_err(system("a random token"))?;
-    let mut link =
-        Link::open(&connection::with_port(&options.target), token.clone(), &domain, helper, options.debug)?;
+    let mut link = Link::open(
+        &connection::with_port(&options.target),
+        token.clone(),
+        &domain,
+        helper,
+        options.debug,
+        Transport { bandwidth: configuration.limit(options.bandwidth), ..transport.clone() },
+    )?;
+    if let Some(why) = &link.stock_because {
+        tracing::warn!("a plain migration with libxl's own helper follows: {why}");
+        helper = HelperKind::Stock;
+    }
     let disks_refused = disks::survey(&mut Xenstore::open()?, domain.id)?.refused;
     let listener = Arc::new(Listener::bind()?);
     let order = Order {
         socket: true,
         references: !options.no_references,
-        wait_lists_seconds: options.wait_lists,
+        wait_lists_seconds: options.wait_lists.unwrap_or(configuration.wait_lists),
         debug: options.debug,
         ..Order::default()
     };
@@ -179,7 +202,7 @@ fn migrate(
     if record.state() != SourceState::Gone && saved.is_none() && helper == HelperKind::Poolskip {
         tell_guest(&domain);
     }
-    let settled = finish(&mut record);
+    let settled = finish(&mut record, &transport);
     let ended = Ended { status, interrupted, said: &said, saved: saved.as_ref(), target: target.as_ref() };
     let (outcome, error) = judge(&ended, record.state(), settled.err());
     let mut wire = link.carried();
@@ -199,7 +222,7 @@ fn migrate(
 }
 
 /// Finds the domain, after an earlier migration of it that was cut off is settled.
-fn settled(records: &Records, wanted: &str) -> Result<Domain, MigrateError> {
+fn settled(records: &Records, wanted: &str, transport: &Transport) -> Result<Domain, MigrateError> {
     let mut found = domain::find(&mut Xenstore::open()?, wanted);
     for open in records.open_ones::<SourceState>()? {
         let same = found.as_ref().map_or(wanted == open.domain, |domain| {
@@ -210,7 +233,7 @@ fn settled(records: &Records, wanted: &str) -> Result<Domain, MigrateError> {
         }
         let earlier = |source| MigrateError::Earlier { domain: open.domain.clone(), source };
         let Some(mut record) = records.take::<SourceState>(&open.id)? else { continue };
-        let state = finish(&mut record).map_err(earlier)?;
+        let state = finish(&mut record, transport).map_err(earlier)?;
         tracing::info!(id = %open.id, ?state, "an earlier migration that was cut off is settled");
         found = domain::find(&mut Xenstore::open()?, wanted);
     }
@@ -218,10 +241,10 @@ fn settled(records: &Records, wanted: &str) -> Result<Domain, MigrateError> {
 }
 
 /// Settles the source's side.
-fn finish(record: &mut Record<SourceState>) -> Result<SourceState, SettleError> {
+fn finish(record: &mut Record<SourceState>, transport: &Transport) -> Result<SourceState, SettleError> {
     settle::source(record, |record| {
         let content = record.content();
-        link::ask(&content.peer, &content.id, &content.domain)
+        link::ask(&content.peer, &content.id, &content.domain, transport)
     })
 }
 

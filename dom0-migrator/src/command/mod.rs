@@ -1,7 +1,9 @@
 //! The commands.
 
 mod carry;
+mod certificates;
 mod child;
+pub mod configuration;
 mod connection;
 mod domain;
 mod follow;
@@ -10,6 +12,7 @@ mod judge;
 mod link;
 mod migrate;
 mod progress;
+mod pump;
 mod receive;
 mod relay;
 mod resolve;
@@ -18,6 +21,7 @@ mod settle;
 mod signals;
 mod status;
 mod summary;
+mod tls;
 mod watch;
 mod xl_words;
 
@@ -27,7 +31,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser};
+use clap::{Args, Parser, Subcommand};
+
+use configuration::{Configuration, Connecting, Rate};
 
 /// Exit code: the domain runs at the target.
 pub const EXIT_MIGRATED: u8 = 0;
@@ -50,6 +56,17 @@ pub const DEFAULT_PORT: u16 = 8002;
 /// `resolve` has heard from the target.
 #[derive(Debug, Parser)]
 #[command(name = "dom0-migrator", version)]
+pub struct CommandLine {
+    /// The configuration [default: /etc/poolskip/migrator.toml, if it is there].
+    #[arg(long, global = true, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
 pub enum Command {
     /// Migrate a domain to a host where `receive` listens.
     Migrate(Migrate),
@@ -63,6 +80,9 @@ pub enum Command {
     List(List),
     /// Have a running migration give up; the domain stays at the source.
     Cancel(Cancel),
+    /// Certificates for the hosts, by which they know each other.
+    #[command(subcommand)]
+    Certificates(Certificates),
     /// Carry xl's stream to the network (started by xl for `migrate`).
     #[command(hide = true)]
     Carry,
@@ -88,17 +108,26 @@ pub struct Migrate {
     /// Run libxl's own helper on both sides, over the same connections, to compare with.
     #[arg(long)]
     pub stock: bool,
-    /// Seconds that the guest may take to publish its lists.
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub wait_lists: u64,
+    /// Seconds that the guest may take to publish its lists [default: 30].
+    #[arg(long, value_name = "SECONDS")]
+    pub wait_lists: Option<u64>,
+    /// Bytes per second that may be sent over all connections together, as in 100M; also while the domain stands still.
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth: Option<Rate>,
+    /// How to connect.
+    #[command(flatten)]
+    pub connecting: Connecting,
 }
 
 /// Options of `receive`.
 #[derive(Debug, Args)]
 pub struct Receive {
-    /// Address and port to listen on. The network must be one that only the hosts share.
+    /// Address and port to listen on [default: the configuration's].
     #[arg(long, value_name = "ADDRESS:PORT")]
-    pub listen: SocketAddr,
+    pub listen: Option<SocketAddr>,
+    /// How to be connected to.
+    #[command(flatten)]
+    pub connecting: Connecting,
     /// End after one migration; the exit code tells how it went.
     #[arg(long)]
     pub once: bool,
@@ -112,6 +141,27 @@ pub struct Resolve {
     /// Where the target's `receive` listens now, when it is not where it was: HOST or HOST:PORT.
     #[arg(long, value_name = "HOST[:PORT]")]
     pub peer: Option<String>,
+    /// How to connect.
+    #[command(flatten)]
+    pub connecting: Connecting,
+}
+
+/// What to do about certificates.
+#[derive(Debug, Subcommand)]
+pub enum Certificates {
+    /// Make a certificate for each host, and an authority that signs them if there is none in the directory yet.
+    Make(CertificatesMake),
+}
+
+/// Options of `certificates make`.
+#[derive(Debug, Args)]
+pub struct CertificatesMake {
+    /// The directory of the authority, and of a directory for each host.
+    #[arg(long, value_name = "DIRECTORY")]
+    pub out: PathBuf,
+    /// The hosts, by the names or addresses that others connect to.
+    #[arg(value_name = "NAME", required = true)]
+    pub names: Vec<String>,
 }
 
 /// Options of `status`.
@@ -140,16 +190,32 @@ pub struct Cancel {
 }
 
 /// Does what the command line says.
-pub fn run(command: Command) -> ExitCode {
-    let records = None;
+pub fn run(line: CommandLine) -> ExitCode {
+    let CommandLine { config, command } = line;
     let code = match command {
-        Command::Migrate(options) => migrate::run(&options, records),
-        Command::Receive(options) => receive::run(&options, records),
-        Command::Resolve(options) => resolve::run(&options, records),
+        // xl's own environment may be anything; this needs nothing but the command that it works for.
+        Command::Carry => carry::run(),
+        Command::Certificates(Certificates::Make(options)) => certificates::run(&options),
+        command => match Configuration::load(config.as_deref()) {
+            Ok(configuration) => run_configured(command, &configuration),
+            Err(error) => {
+                eprintln!("dom0-migrator: {error}");
+                EXIT_NOT_BEGUN
+            }
+        },
+    };
+    ExitCode::from(code)
+}
+
+fn run_configured(command: Command, configuration: &Configuration) -> u8 {
+    let records = Some(configuration.records.as_path());
+    match command {
+        Command::Migrate(options) => migrate::run(&options, configuration),
+        Command::Receive(options) => receive::run(&options, configuration),
+        Command::Resolve(options) => resolve::run(&options, configuration),
         Command::Status(options) => status::status(&options, records),
         Command::List(options) => status::list(&options, records),
         Command::Cancel(options) => status::cancel(&options, records),
-        Command::Carry => carry::run(),
-    };
-    ExitCode::from(code)
+        Command::Carry | Command::Certificates(_) => EXIT_NOT_BEGUN,
+    }
 }

@@ -4,26 +4,32 @@
 //! `NAME--incoming` included. The daemon goes on after a failed one. What an earlier one left that was killed is settled first.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
+use std::io::{self, BufReader};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use super::connection::Wire;
+use super::configuration::Configuration;
+use super::connection::{Transport, Wire};
 use super::domain::{self, INCOMING};
+use super::pump;
 use super::session::{self, Happening, Session};
 use super::settle;
+use super::tls::Deadlined;
 use super::{EXIT_FAILED, EXIT_MIGRATED, EXIT_NOT_BEGUN, Receive, connection, signals};
-use crate::control::{self, Connection, FromSource, FromTarget, LineError, TargetOutcome, Token, VERSION};
+use crate::control::{
+    self, Connection, FromSource, FromTarget, HelperKind, LineError, STREAM_VERSION, TargetOutcome, Token,
+    VERSION,
+};
 use crate::handover::record::{RecordError, Records};
 use crate::handover::{TargetEvent, TargetState, Verdict};
 use crate::xen::DomainId;
+use crate::xen::release::Release;
 use crate::xenstore::{StoreError, Xenstore};
 
 /// How often things are looked after.
@@ -34,6 +40,8 @@ const GREETING: Duration = Duration::from_secs(10);
 const PARTNERS: Duration = Duration::from_secs(30);
 /// How long a question may take to be answered: a session that is asked about ends first.
 const QUESTION: Duration = Duration::from_secs(25);
+/// How long the end waits for what is still to be sent.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Connections that are attended to at once; more are closed.
 const CONNECTIONS_MAX: usize = 64;
 /// Longest name of a domain that is accepted.
@@ -83,6 +91,7 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> ReceiveError {
 /// What all sessions share.
 struct Shared {
     records: Records,
+    transport: Transport,
     waiting: Mutex<BTreeMap<Token, Sender<(Connection, Wire)>>>,
     /// The sessions of now, for whoever asks about one.
     running: Mutex<BTreeMap<Token, Sender<Happening>>>,
@@ -98,16 +107,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Receives until it is told to end, or one migration is over when only one is wanted.
-pub fn run(options: &Receive, records: Option<&Path>) -> u8 {
-    let records = match Records::open(records) {
+pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
+    let failed = |error: &dyn std::fmt::Display| {
+        eprintln!("dom0-migrator: {error}");
+        EXIT_NOT_BEGUN
+    };
+    let Some(listen) = options.listen.or(configuration.listen) else {
+        return failed(&"where to listen? `--listen ADDRESS:PORT`, or `listen` in the configuration");
+    };
+    let transport = match configuration.transport(&options.connecting) {
+        Ok(transport) => transport,
+        Err(error) => return failed(&error),
+    };
+    let records = match Records::open(Some(&configuration.records)) {
         Ok(records) => records,
-        Err(error) => {
-            eprintln!("dom0-migrator: {error}");
-            return EXIT_NOT_BEGUN;
-        }
+        Err(error) => return failed(&error),
     };
     let shared = Arc::new(Shared {
         records,
+        transport,
         waiting: Mutex::default(),
         running: Mutex::default(),
         names: Mutex::default(),
@@ -123,17 +141,15 @@ pub fn run(options: &Receive, records: Option<&Path>) -> u8 {
             shared.ending.store(true, Ordering::Release);
         })
     };
-    let listening = on_signal.and_then(|()| TcpListener::bind(options.listen));
+    let listening = on_signal.and_then(|()| TcpListener::bind(listen));
     let listener = match listening {
         Ok(listener) => listener,
-        Err(error) => {
-            eprintln!("dom0-migrator: cannot listen on {}: {error}", options.listen);
-            return EXIT_NOT_BEGUN;
-        }
+        Err(error) => return failed(&format!("cannot listen on {listen}: {error}")),
     };
     shared.records.prune();
     settle_all(&shared.records, None);
-    tracing::info!(address = %options.listen, "ready to receive domains");
+    let encrypted = shared.transport.identity.is_some();
+    tracing::info!(address = %listen, encrypted, "ready to receive domains");
     while !shared.ending.load(Ordering::Acquire) {
         if options.once && lock(&shared.finished).is_some() {
             break;
@@ -143,6 +159,8 @@ pub fn run(options: &Receive, records: Option<&Path>) -> u8 {
     while shared.sessions.load(Ordering::Acquire) > 0 {
         std::thread::sleep(TICK);
     }
+    // The last words to the source.
+    pump::drain(LAST_WORDS);
     match *lock(&shared.finished) {
         Some(false) if options.once => EXIT_FAILED,
         None if options.once => EXIT_NOT_BEGUN,
@@ -196,10 +214,11 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
 /// Reads a connection's first line and sends it where it belongs.
 fn greet(stream: TcpStream, from: SocketAddr, shared: &Arc<Shared>) -> Result<(), ReceiveError> {
     let here = stream.local_addr().is_ok_and(|here| here.ip() == from.ip());
-    let mut wire = Wire::plain(stream).map_err(system("connection"))?;
-    wire.socket.set_read_timeout(Some(GREETING)).map_err(system("connection"))?;
+    let mut wire = shared.transport.accept(stream).map_err(system("refused"))?;
     wire.socket.set_write_timeout(Some(GREETING)).map_err(system("connection"))?;
-    let greeting = control::read_greeting(&mut wire.socket)?;
+    // All of it has its time, not each byte: a peer that dawdles holds nobody up.
+    let mut timed = Deadlined { stream: &wire.socket, until: Instant::now() + GREETING };
+    let greeting = control::read_greeting(&mut timed)?;
     if greeting.poolskip != VERSION {
         let error = ReceiveError::Version(greeting.poolskip);
         if greeting.connection == Connection::Control {
@@ -230,9 +249,17 @@ fn converse(
     token: &Token,
     shared: &Arc<Shared>,
 ) -> Result<(), ReceiveError> {
-    let mut lines = connection::reader(&wire.socket).map_err(system("control connection"))?;
-    let (domain, helper, compare) = match control::read_line(&mut lines)? {
-        FromSource::Start { domain, helper, debug } => (domain, helper, debug),
+    let first = {
+        let mut timed = BufReader::new(Deadlined { stream: &wire.socket, until: Instant::now() + GREETING });
+        // The source says nothing more before it is answered, so nothing is left in this buffer.
+        control::read_line(&mut timed)?
+    };
+    let lines = connection::reader(&wire.socket).map_err(system("control connection"))?;
+    let (domain, helper, compare, stock_because) = match first {
+        FromSource::Start { domain, helper, stream_version, debug } => {
+            let why = (helper == HelperKind::Poolskip).then(|| stock_because(stream_version)).flatten();
+            (domain, if why.is_some() { HelperKind::Stock } else { helper }, debug, why)
+        }
         FromSource::Ask { id, domain } => {
             let answer = answer(&id, &domain, shared);
             tracing::info!(%from, %id, ?answer, "asked what became of a migration");
@@ -257,7 +284,7 @@ fn converse(
         Ok((claim, record)) => {
             tracing::info!(domain, ?helper, compare, "a domain comes");
             let record = Arc::new(Mutex::new(record));
-            let begun = control::write_line(&mut wire.socket, &FromTarget::Ready)
+            let begun = control::write_line(&mut wire.socket, &FromTarget::Ready { stock_because })
                 .map_err(ReceiveError::from)
                 .and_then(|()| both(&partners));
             match begun {
@@ -295,6 +322,16 @@ fn converse(
     lock(&shared.running).remove(token);
     shared.sessions.fetch_sub(1, Ordering::AcqRel);
     done
+}
+
+/// Why this program's helper cannot run here with the source's.
+fn stock_because(stream_version: u16) -> Option<String> {
+    if stream_version != STREAM_VERSION {
+        return Some(format!(
+            "the source's helper speaks version {stream_version}, the target's {STREAM_VERSION}"
+        ));
+    }
+    Release::running().err().map(|error| format!("at the target: {error}"))
 }
 
 /// Says how it ended, here and to the source.

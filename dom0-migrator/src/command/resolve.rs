@@ -1,15 +1,15 @@
 //! `resolve`: finds from the records which side may run a domain, and makes it so.
 
-use std::path::Path;
-
+use super::configuration::{Configuration, ConfigurationError};
+use super::connection::Transport;
 use super::{EXIT_FAILED, EXIT_MIGRATED, EXIT_NOT_BEGUN, EXIT_UNDEFINED, Resolve, connection, link, settle};
 use crate::control::Token;
 use crate::handover::record::{Content, RecordError, Records};
 use crate::handover::{SourceState, State, TargetState};
 
 /// Settles what is open here. 0: all is settled; 4: something stays in doubt; 1: something failed.
-pub fn run(options: &Resolve, records: Option<&Path>) -> u8 {
-    let opened = Records::open(records).and_then(|records| {
+pub fn run(options: &Resolve, configuration: &Configuration) -> u8 {
+    let opened = Records::open(Some(&configuration.records)).and_then(|records| {
         let wanted = |id: &Token, domain: &str| {
             options.id.as_deref().is_none_or(|wanted| id.to_string() == wanted || domain == wanted)
         };
@@ -33,6 +33,7 @@ pub fn run(options: &Resolve, records: Option<&Path>) -> u8 {
         );
         return EXIT_MIGRATED;
     }
+    let transport = configuration.transport(&options.connecting);
     let peer = options.peer.as_deref().map(connection::with_port);
     let mut worst = EXIT_MIGRATED;
     // The target's side first: where both are on this host, the source's asks for it.
@@ -40,7 +41,7 @@ pub fn run(options: &Resolve, records: Option<&Path>) -> u8 {
         worst = worst.max(said(content, take_target(&records, content)));
     }
     for content in &sources {
-        worst = worst.max(said(content, take_source(&records, content, peer.as_deref())));
+        worst = worst.max(said(content, take_source(&records, content, peer.as_deref(), &transport)));
     }
     worst
 }
@@ -63,11 +64,14 @@ fn take_source(
     records: &Records,
     content: &Content<SourceState>,
     peer: Option<&str>,
+    transport: &Result<Transport, ConfigurationError>,
 ) -> Result<&'static str, settle::SettleError> {
     let Some(mut record) = records.take::<SourceState>(&content.id)? else { return Ok("is gone") };
     let state = settle::source(&mut record, |record| {
         let content = record.content();
-        link::ask(peer.unwrap_or(&content.peer), &content.id, &content.domain)
+        // What needs no question is settled without certificates too.
+        let transport = transport.as_ref().map_err(ToString::to_string)?;
+        link::ask(peer.unwrap_or(&content.peer), &content.id, &content.domain, transport)
     })?;
     Ok(match state {
         SourceState::Resumed => "runs on this host",

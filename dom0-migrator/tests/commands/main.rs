@@ -9,8 +9,9 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dom0_migrator::command::{EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MIGRATED, EXIT_NOT_BEGUN, EXIT_UNDEFINED};
@@ -20,6 +21,8 @@ use nix::unistd::Pid;
 /// A host: an xl and a xenstore of its own.
 struct Host {
     directory: tempfile::TempDir,
+    /// How it connects.
+    connecting: Vec<String>,
 }
 
 impl Host {
@@ -31,7 +34,11 @@ impl Host {
         fs::create_dir_all(directory.path().join("xs/local/domain/0")).unwrap();
         fs::write(directory.path().join("xs/local/domain/0/name"), "Domain-0").unwrap();
         xenstored::serve(&directory.path().join("xenstored"), &directory.path().join("xs"));
-        Self { directory }
+        Self { directory, connecting: vec!["--plain".into()] }
+    }
+
+    fn with_certificates(self, directory: &Path) -> Self {
+        Self { connecting: vec!["--certificates".into(), directory.display().to_string()], ..self }
     }
 
     fn with_domain(self, id: u32, name: &str) -> Self {
@@ -80,7 +87,12 @@ impl Host {
 
     /// Runs a command that ends by itself: its exit code and what it printed.
     fn run(&self, arguments: &[&str]) -> (i32, String) {
-        let output = self.command("").args(arguments).output().unwrap();
+        let mut command = self.command("");
+        command.args(arguments);
+        if arguments[0] == "resolve" {
+            command.args(&self.connecting);
+        }
+        let output = command.output().unwrap();
         (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
@@ -96,8 +108,13 @@ impl Host {
     }
 
     fn receive_at(&self, address: String, fault: &str, options: &[&str]) -> Receiver {
-        let mut child =
-            self.command(fault).args(["receive", "--listen", &address]).args(options).spawn().unwrap();
+        let mut child = self
+            .command(fault)
+            .args(["receive", "--listen", &address])
+            .args(&self.connecting)
+            .args(options)
+            .spawn()
+            .unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
         while !line.contains("ready to receive") {
@@ -105,8 +122,16 @@ impl Host {
             assert!(stderr.read_line(&mut line).unwrap() > 0, "receive has ended");
         }
         // The rest is read, so that the pipe never fills.
-        std::thread::spawn(move || drain(stderr));
-        Receiver { child, address }
+        let said = Arc::new(Mutex::new(String::new()));
+        let hearing = said.clone();
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let mut said = hearing.lock().unwrap();
+                said.push_str(&line);
+                said.push('\n');
+            }
+        });
+        Receiver { child, address, said }
     }
 
     fn migrate(&self, fault: &str, domain: &str, address: &str) -> Ended {
@@ -117,13 +142,9 @@ impl Host {
         let json = self.directory.path().join("summary.json");
         let _ = fs::remove_file(&json);
         let mut command = self.command(fault);
-        command.args(["migrate", domain, address, "--stock", "--json"]).arg(&json);
+        command.args(["migrate", domain, address, "--stock"]).args(&self.connecting).arg("--json").arg(&json);
         Migrating { child: command.spawn().unwrap(), json }
     }
-}
-
-fn drain(mut stderr: BufReader<ChildStderr>) {
-    let _ = std::io::copy(&mut stderr, &mut std::io::sink());
 }
 
 fn free_address() -> String {
@@ -133,6 +154,7 @@ fn free_address() -> String {
 struct Receiver {
     child: Child,
     address: String,
+    said: Arc<Mutex<String>>,
 }
 
 impl Receiver {
@@ -278,7 +300,8 @@ fn a_summary_that_cannot_be_written_is_said_before_anything_is_begun() {
     let (source, target) = (Host::new().with_domain(3, "db1"), Host::new());
     let receiver = target.receive("", &[]);
     let mut command = source.command("");
-    command.args(["migrate", "db1", &receiver.address, "--stock", "--json", "/nowhere/summary.json"]);
+    command.args(["migrate", "db1", &receiver.address, "--stock", "--plain"]);
+    command.args(["--json", "/nowhere/summary.json"]);
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(i32::from(EXIT_NOT_BEGUN)));
     assert_eq!((source.domains(), target.domains()), (vec!["db1".to_owned()], vec![]));
@@ -493,4 +516,104 @@ fn a_migration_is_cancelled_from_either_side() {
         runs_only_at(&source, &target);
         assert_eq!(host.run(&["cancel", "db1"]).0, i32::from(EXIT_FAILED));
     }
+}
+
+/// Directories of certificates for this machine's address, signed by an authority of their own.
+fn certificates() -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().to_str().unwrap().to_owned();
+    let (code, said) = Host::new().run(&["certificates", "make", "--out", &out, "127.0.0.1", "host-b"]);
+    assert_eq!(code, 0, "{said}");
+    let own = directory.path().join("127.0.0.1");
+    (directory, own)
+}
+
+#[test]
+fn hosts_with_certificates_of_one_authority_know_each_other() {
+    let (all, own) = certificates();
+    let source = Host::new().with_domain(3, "db1").with_certificates(&all.path().join("host-b"));
+    let target = Host::new().with_certificates(&own);
+    let mut receiver = target.receive("", &["--once"]);
+    let ended = source.migrate("", "db1", &receiver.address);
+    assert_eq!(ended.code, 0, "{}\nreceiver:\n{}", ended.stderr, receiver.said.lock().unwrap());
+    // Some more bytes than without: records have headers, and a handshake has certificates.
+    assert!(
+        (1_001_000..1_100_000).contains(&ended.summary["wire_bytes"].as_u64().unwrap()),
+        "{:#}",
+        ended.summary
+    );
+    assert_eq!(receiver.exit(), Some(i32::from(EXIT_MIGRATED)));
+    runs_only_at(&target, &source);
+    let key = fs::metadata(all.path().join("authority-key.pem")).unwrap();
+    assert_eq!(key.permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn strangers_are_refused_and_named_in_one_line() {
+    let (all, own) = certificates();
+    let (_other, foreign) = certificates();
+    let target = Host::new().with_certificates(&own);
+    let receiver = target.receive("", &[]);
+    // Another authority's certificate; none at all; a target whose certificate has another name.
+    for source in [Host::new().with_certificates(&foreign), Host::new()] {
+        let source = source.with_domain(3, "db1");
+        let before = receiver.said.lock().unwrap().lines().count();
+        let ended = source.migrate("", "db1", &receiver.address);
+        assert_eq!(ended.code, i32::from(EXIT_NOT_BEGUN), "{}", ended.stderr);
+        wait_until("the line", || receiver.said.lock().unwrap().lines().count() > before);
+        let said = receiver.said.lock().unwrap().clone();
+        let lines: Vec<&str> = said.lines().skip(before).collect();
+        assert!(lines.len() == 1 && lines[0].contains("refused"), "{lines:?}");
+        assert_eq!(source.domains(), ["db1"]);
+    }
+    let misnamed = Host::new().with_certificates(&all.path().join("host-b"));
+    let receiver = misnamed.receive("", &[]);
+    let source = Host::new().with_domain(3, "db1").with_certificates(&own);
+    let ended = source.migrate("", "db1", &receiver.address);
+    assert_eq!(ended.code, i32::from(EXIT_NOT_BEGUN));
+    assert!(ended.stderr.contains("not valid for name"), "{}", ended.stderr);
+    // And without certificates nothing begins that was not told to be plain.
+    let bare = Host::new().with_domain(3, "db1").with_certificates(Path::new("/nowhere"));
+    let ended = bare.migrate("", "db1", &receiver.address);
+    assert!(ended.code == i32::from(EXIT_NOT_BEGUN) && ended.stderr.contains("--plain"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_peer_that_says_nothing_or_nonsense_holds_nobody_up() {
+    let (source, target) = pair();
+    let receiver = target.receive("", &[]);
+    let silent: Vec<_> = (0..8).map(|_| std::net::TcpStream::connect(&receiver.address).unwrap()).collect();
+    let mut garbage = std::net::TcpStream::connect(&receiver.address).unwrap();
+    std::io::Write::write_all(&mut garbage, &[0x16; 4096]).unwrap();
+    source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+    runs_only_at(&target, &source);
+    drop(silent);
+}
+
+#[test]
+fn a_limited_migration_comes_as_it_is() {
+    for secure in [false, true] {
+        let (_all, own) = certificates();
+        let (mut source, mut target) = pair();
+        if secure {
+            (source, target) = (source.with_certificates(&own), target.with_certificates(&own));
+        }
+        let receiver = target.receive("", &[]);
+        source.connecting.extend(["--bandwidth".into(), "2M".into()]);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+        runs_only_at(&target, &source);
+    }
+}
+
+/// This machine has no Xen whose libraries could be loaded, so no host here can run the helper.
+#[test]
+fn where_the_helper_cannot_run_libxls_own_does_and_it_is_said() {
+    let (source, target) = pair();
+    let receiver = target.receive("", &[]);
+    let mut command = source.command("");
+    let output = command.args(["migrate", "db1", &receiver.address, "--plain"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("a plain migration with libxl's own helper follows: "), "{said}");
+    runs_only_at(&target, &source);
 }

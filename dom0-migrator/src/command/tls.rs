@@ -1,0 +1,170 @@
+//! TLS between the hosts: both show a certificate, and take the other's only if the operator's own authority has signed it.
+
+use std::io::{self, Read};
+use std::net::{IpAddr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::pem::{self, PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::server::WebPkiClientVerifier;
+use rustls::{ClientConfig, ClientConnection, Connection, RootCertStore, ServerConfig, ServerConnection};
+
+/// Where the certificates of a host lie.
+pub const DIRECTORY: &str = "/etc/poolskip/certificates";
+/// The host's certificate, in its directory.
+pub const CERTIFICATE: &str = "certificate.pem";
+/// Its key.
+pub const KEY: &str = "key.pem";
+/// Who signs.
+pub const AUTHORITY: &str = "authority.pem";
+/// How long a handshake may take, all of it.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+
+/// Why there is no TLS.
+#[derive(Debug, thiserror::Error)]
+pub enum TlsError {
+    /// A file is missing or cannot be read.
+    #[error(
+        "{path}: {source}; `dom0-migrator certificates make` makes certificates, `--plain` does without on a network that only the \
+         hosts share"
+    )]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: pem::Error,
+    },
+    /// The files do not fit together, or are not usable.
+    #[error("the certificates in {directory}: {problem}")]
+    Unusable {
+        /// Their directory.
+        directory: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// A host's certificate, and whom it believes.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+}
+
+impl Identity {
+    /// Reads a host's directory.
+    ///
+    /// # Errors
+    /// [`TlsError`].
+    pub fn load(directory: &Path) -> Result<Self, TlsError> {
+        let file = |name: &str| directory.join(name);
+        let bad = |path: PathBuf| move |source| TlsError::File { path, source };
+        let unusable = |problem: String| TlsError::Unusable { directory: directory.to_owned(), problem };
+        let certificates = |name: &str| {
+            CertificateDer::pem_file_iter(file(name))
+                .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+                .map_err(bad(file(name)))
+        };
+        let own = certificates(CERTIFICATE)?;
+        let key = PrivateKeyDer::from_pem_file(file(KEY)).map_err(bad(file(KEY)))?;
+        let mut roots = RootCertStore::empty();
+        for certificate in certificates(AUTHORITY)? {
+            roots.add(certificate).map_err(|error| unusable(error.to_string()))?;
+        }
+        let roots = Arc::new(roots);
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let failed = |error: rustls::Error| unusable(error.to_string());
+        let client = ClientConfig::builder_with_provider(provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(failed)?
+            .with_root_certificates(roots.clone())
+            .with_client_auth_cert(own.clone(), key.clone_key())
+            .map_err(failed)?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
+            .build()
+            .map_err(|error| unusable(error.to_string()))?;
+        let server = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(failed)?
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(own, key)
+            .map_err(failed)?;
+        Ok(Self { client: Arc::new(client), server: Arc::new(server) })
+    }
+
+    /// Begins TLS as the one who connects; the other's certificate must have the name that was connected to.
+    ///
+    /// # Errors
+    /// What the handshake says.
+    pub fn connect(&self, tcp: &TcpStream, host: &str) -> io::Result<Connection> {
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let name = match host.parse::<IpAddr>() {
+            Ok(address) => ServerName::from(address),
+            Err(_) => ServerName::try_from(host.to_owned()).map_err(io::Error::other)?,
+        };
+        let connection = ClientConnection::new(self.client.clone(), name).map_err(io::Error::other)?;
+        shake_hands(connection.into(), tcp)
+    }
+
+    /// Begins TLS as the one who was connected to.
+    ///
+    /// # Errors
+    /// What the handshake says: no certificate, one of another authority, one that has expired.
+    pub fn accept(&self, tcp: &TcpStream) -> io::Result<Connection> {
+        let connection = ServerConnection::new(self.server.clone()).map_err(io::Error::other)?;
+        shake_hands(connection.into(), tcp)
+    }
+}
+
+/// Completes a handshake in the time that it has, whatever the peer does.
+fn shake_hands(mut connection: Connection, tcp: &TcpStream) -> io::Result<Connection> {
+    let until = Instant::now() + HANDSHAKE;
+    let mut timed = Deadlined { stream: tcp, until };
+    tcp.set_write_timeout(Some(HANDSHAKE))?;
+    let mut done = Ok(());
+    while done.is_ok() && (connection.is_handshaking() || connection.wants_write()) {
+        if connection.wants_write() {
+            connection.write_tls(&mut &*tcp)?;
+            continue;
+        }
+        if connection.read_tls(&mut timed)? == 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the peer ended the TLS handshake"));
+        }
+        done = connection.process_new_packets().map(drop);
+    }
+    if let Err(error) = done {
+        // The alert that says why.
+        let _ = connection.write_tls(&mut &*tcp);
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, format!("TLS: {error}")));
+    }
+    tcp.set_write_timeout(None)?;
+    tcp.set_read_timeout(None)?;
+    Ok(connection)
+}
+
+/// Reads until a moment, however slowly the bytes come.
+#[derive(Debug)]
+pub struct Deadlined<'a> {
+    /// What is read.
+    pub stream: &'a TcpStream,
+    /// The moment.
+    pub until: Instant,
+}
+
+impl Read for Deadlined<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the peer is too slow"));
+        }
+        self.stream.set_read_timeout(Some(left))?;
+        match (&*self.stream).read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                Err(io::Error::new(io::ErrorKind::TimedOut, "the peer is too slow"))
+            }
+            other => other,
+        }
+    }
+}
