@@ -168,3 +168,48 @@ impl Read for Deadlined<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rcgen::{CertificateParams, Issuer, KeyPair, date_time_ymd};
+    use std::net::TcpListener;
+
+    /// What the one who is connected to says of a peer with the certificate of `peer`.
+    fn accepted(own: &Path, peer: &Path) -> io::Result<()> {
+        let (own, peer) = (Identity::load(own).unwrap(), Identity::load(peer).unwrap());
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| drop(peer.connect(&near, "127.0.0.1")));
+            own.accept(&far).map(drop)
+        })
+    }
+
+    #[test]
+    fn a_certificate_that_has_expired_is_refused_as_such() {
+        let directory = tempfile::tempdir().unwrap();
+        let names = ["127.0.0.1".to_owned(), "old".to_owned()];
+        super::super::certificates::make(directory.path(), &names).unwrap();
+        let (own, old) = (directory.path().join("127.0.0.1"), directory.path().join("old"));
+        accepted(&own, &old).unwrap();
+        let read = |name: &str| std::fs::read_to_string(directory.path().join(name)).unwrap();
+        let key = KeyPair::from_pem(&read("authority-key.pem")).unwrap();
+        let issuer = Issuer::from_ca_cert_pem(&read(AUTHORITY), key).unwrap();
+        let mut params = CertificateParams::new(vec!["old".to_owned()]).unwrap();
+        (params.not_before, params.not_after) = (date_time_ymd(2020, 1, 1), date_time_ymd(2021, 1, 1));
+        let key = KeyPair::generate().unwrap();
+        std::fs::write(old.join(CERTIFICATE), params.signed_by(&key, &issuer).unwrap().pem()).unwrap();
+        std::fs::write(old.join(KEY), key.serialize_pem()).unwrap();
+        let error = accepted(&own, &old).unwrap_err().to_string();
+        assert!(error.contains("xpired"), "{error}");
+    }
+
+    #[test]
+    fn what_is_missing_is_named_with_what_to_do() {
+        let directory = tempfile::tempdir().unwrap();
+        let error = Identity::load(directory.path()).unwrap_err().to_string();
+        assert!(error.contains(CERTIFICATE) && error.contains("certificates make"), "{error}");
+    }
+}
