@@ -27,6 +27,7 @@ use nix::sys::socket::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::helper::policy::Limits;
 use crate::report::{CarriedReport, RestoreReport, SaveReport};
 use crate::xen::DomainId;
 
@@ -72,6 +73,9 @@ pub struct Order {
     /// be read: then none is.
     #[serde(default)]
     pub own_disks: Vec<OwnDisk>,
+    /// Source: when to suspend the domain.
+    #[serde(default)]
+    pub limits: Limits,
 }
 
 /// What a helper says.

@@ -24,11 +24,13 @@ const PACKAGES: &[(&str, &str)] = &[
     ("pkg-config", "finds C libraries"),
     ("libelf-dev", "libbpf-rs"),
     ("zlib1g-dev", "libbpf-rs"),
-    ("libxen-dev", "Xen's libraries, which tests of dom0-migrator open"),
+    ("libxen-dev", "Xen's libraries, which tests of dom0-migrator open, and headers for the xenctrl crate"),
+    ("libclang-dev", "reads those headers"),
     ("qemu-system-x86", "the lab's machines"),
     ("qemu-utils", "disk images"),
     ("e2fsprogs", "file systems of the lab and of the tests"),
     ("fdisk", "partitions of the lab's disk"),
+    ("fio", "what a disk can do, for `bench reload`"),
 ];
 
 /// Packages of which a Debian release may have versions that are too old; its backports then have newer ones. The lab keeps the state

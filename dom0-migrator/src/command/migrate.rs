@@ -30,6 +30,7 @@ use crate::disks;
 use crate::handoff::{HandoffError, Listener, Order};
 use crate::handover::record::{Process, Record, RecordError, Records};
 use crate::handover::{SourceEvent, SourceState};
+use crate::helper::policy::Limits;
 use crate::lists::Requester;
 use crate::xen::release::Release;
 use crate::xenstore::{StoreError, Xenstore};
@@ -166,6 +167,7 @@ fn migrate(
         references: !options.no_references,
         wait_lists_seconds: options.wait_lists.unwrap_or(configuration.wait_lists),
         debug: options.debug,
+        limits: Limits { max_downtime_ms: options.max_downtime, on_stall: options.on_stall },
         ..Order::default()
     };
     serve(&listener, &link, order, tell).map_err(system("handoff"))?;

@@ -35,6 +35,8 @@ use clap::{Args, Parser, Subcommand};
 
 use configuration::{Configuration, Connecting, Rate};
 
+use crate::helper::policy::{Limits, OnStall};
+
 /// Exit code: the domain runs at the target.
 pub const EXIT_MIGRATED: u8 = 0;
 /// Exit code: the migration failed, and the domain runs on here.
@@ -111,6 +113,13 @@ pub struct Migrate {
     /// Seconds that the guest may take to publish its lists [default: 30].
     #[arg(long, value_name = "SECONDS")]
     pub wait_lists: Option<u64>,
+    /// Downtime to be had if possible: while rounds of the pre-copy still make it shorter, and for up to 30 of them, they go on after
+    /// the fifth.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = Limits::DEFAULT.max_downtime_ms)]
+    pub max_downtime: u64,
+    /// What to do when rounds no longer make the downtime shorter, and it would be longer than that.
+    #[arg(long, value_enum, default_value_t = OnStall::Stop)]
+    pub on_stall: OnStall,
     /// Bytes per second that may be sent over all connections together, as in 100M; also while the domain stands still.
     #[arg(long, value_name = "RATE")]
     pub bandwidth: Option<Rate>,

@@ -87,6 +87,8 @@ pub struct Summary {
     pub disks_refused: Vec<RefusedDisk>,
     /// Pages that differed at the target; null when nothing was compared.
     pub verify_mismatches: Option<u64>,
+    /// Pages that differed since they were written after the suspension, by backends or by Xen: nothing is lost by it.
+    pub verify_late_writes: Option<u64>,
     /// All counters of the source's filter.
     pub source: Option<serde_json::Value>,
     /// What the target reports.
@@ -162,6 +164,9 @@ impl Summary {
                 None => passed.filter(|passed| passed.verified > 0).map(|_| target.mismatch_lines),
             }),
             disks_refused,
+            verify_late_writes: target
+                .as_ref()
+                .and_then(|target| target.restore.as_ref()?.verify_late_writes),
             source: save.map(|save| save.engine.clone()),
             target,
         }
@@ -211,6 +216,9 @@ impl fmt::Display for Summary {
         }
         if let Some(mismatches) = self.verify_mismatches {
             row("compared", format!("{} pages, {mismatches} differ", count(self.pages_verified)))?;
+            if let Some(late) = self.verify_late_writes.filter(|&late| late > 0) {
+                row("  written late", format!("{late} more, after the suspension"))?;
+            }
         }
         Ok(())
     }

@@ -19,7 +19,7 @@
 //!   be missing.
 //! * A page from a disk is handed on only if its keyed hash is that of the bytes which the source would have sent.
 //! * When the first record after the memory, or VERIFY, passes, nothing is outstanding: the source sees to it, the target checks it.
-//! * After VERIFY every byte travels as it is.
+//! * After VERIFY every byte travels as it is, and one record may say which pages were written since the suspension.
 //! * The target reads from the network exactly up to the END record; libxl reads on from there.
 //!
 //! # When something fails
@@ -35,11 +35,17 @@
 
 mod config;
 mod descriptor;
-mod disk;
+pub mod disk;
 mod error;
+mod intake;
+pub mod late_writes;
 pub mod memory_record;
+mod outlet;
+mod page_hash;
+mod pfn_hash;
+mod pool;
 mod reference_map;
-mod restorer;
+pub mod restorer;
 pub mod side_message;
 mod source;
 mod summary;
@@ -52,6 +58,7 @@ mod tests;
 
 pub use config::{Config, DiskName};
 pub use error::{EngineError, HeaderProblem, SideError, StreamProblem};
+pub use late_writes::LateWrites;
 pub use reference_map::{MapError, Place, ReferenceMap};
 pub use source::{SourceFilter, SourceParts};
 pub use summary::{

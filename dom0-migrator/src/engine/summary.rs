@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use super::late_writes::LateWrites;
+
 /// The source filter's counters; bytes are bytes, times are seconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct SourceStats {
@@ -33,6 +35,8 @@ pub struct SourceStats {
     pub pages_without_data: u64,
     /// Pages that VERIFY sent again.
     pub pages_verified: u64,
+    /// Pages that VERIFY brought other than they were sent last: written after the suspension, and told to the target.
+    pub pages_written_late: u64,
     /// Listed pages that went raw since the window was full.
     pub pages_window_full: u64,
     /// Listed pages that went raw since the target has not opened their disk.
@@ -170,4 +174,7 @@ pub struct TargetSummary {
     pub poolskip: bool,
     /// The disks.
     pub disks: Vec<DiskSummary>,
+    /// Pages that were written after the suspension: VERIFY brings other bytes than were sent last.
+    #[serde(skip)]
+    pub late_writes: LateWrites,
 }

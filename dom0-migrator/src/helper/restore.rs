@@ -8,18 +8,25 @@ use enlightenment::Vdev;
 use super::arguments::RestoreArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::{Callback, CallbackSet, Message};
+use super::policy::Limits;
 use super::stream::LibraryEnd;
 use super::verify::VerifyWatch;
 use super::{HelperError, Libraries, complete, take_descriptor};
-use crate::engine::{Config, DiskName, EngineError, TargetFilter, TargetParts};
+use crate::engine::{Config, DiskName, EngineError, LateWrites, TargetFilter, TargetParts};
 use crate::handoff::{Event, Order, Peer, Role};
 use crate::report::RestoreReport;
 use crate::xen::guest::{RestoreCallbacks, Restored};
 use crate::xen::logger::{Level, Sink};
 
 /// What a helper does that no command of ours has started: there is no side channel, and nothing is known of the source.
-const ALONE: Order =
-    Order { socket: false, references: false, wait_lists_seconds: 0, debug: false, own_disks: Vec::new() };
+const ALONE: Order = Order {
+    socket: false,
+    references: false,
+    wait_lists_seconds: 0,
+    debug: false,
+    own_disks: Vec::new(),
+    limits: Limits::DEFAULT,
+};
 
 /// How long a filter may take to end once the library has.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -86,16 +93,18 @@ fn restore(
     // A filter that still writes finds nobody there.
     drop(library_end);
     let finished = finish_soon(engine, report);
+    let differences = watch.differences(finished.as_ref().unwrap_or(&LateWrites::default()));
     report.verified = watch.enabled();
-    report.verify_mismatches = watch.enabled().then(|| watch.mismatches());
+    report.verify_mismatches = watch.enabled().then_some(differences.unexplained);
+    report.verify_late_writes = watch.enabled().then_some(differences.late_writes);
     let restored = match (restored, finished) {
-        (Ok(restored), Ok(())) => restored,
+        (Ok(restored), Ok(_)) => restored,
         // Why the library found its stream cut short.
         (_, Err(HelperError::Engine(error))) if !is_consequence(&error) => return Err(error.into()),
         (Err(error), _) => return Err(error.into()),
         (Ok(_), Err(error)) => return Err(error),
     };
-    match watch.mismatches() {
+    match differences.unexplained {
         0 if order.debug && !watch.enabled() => Err(HelperError::NotVerified),
         0 => Ok(restored),
         pages => Err(HelperError::Mismatch(pages)),
@@ -111,8 +120,9 @@ fn is_consequence(error: &EngineError) -> bool {
     }
 }
 
-/// Waits for the filter, not for long: it has come to the end when the library has, or else is of no use any more.
-fn finish_soon(engine: TargetFilter, report: &mut RestoreReport) -> Result<(), HelperError> {
+/// Waits for the filter, not for long: it has come to the end when the library has, or else is of no use any more. The pages that were
+/// written after the suspension.
+fn finish_soon(engine: TargetFilter, report: &mut RestoreReport) -> Result<LateWrites, HelperError> {
     let deadline = Instant::now() + FAREWELL;
     while !engine.is_finished() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
@@ -123,7 +133,7 @@ fn finish_soon(engine: TargetFilter, report: &mut RestoreReport) -> Result<(), H
     }
     let summary = engine.finish()?;
     report.engine = serde_json::to_value(&summary).unwrap_or_default();
-    Ok(())
+    Ok(summary.late_writes)
 }
 
 /// Answers libxenguest.

@@ -10,8 +10,9 @@ use enlightenment::xenstore::RequestKind;
 use super::arguments::SaveArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::Message;
+use super::policy::{Limits, Observed, Policy};
 use super::stream::{LibraryEnd, Terminated};
-use super::{HelperError, Libraries, complete, policy, take_descriptor};
+use super::{HelperError, Libraries, complete, take_descriptor};
 use crate::disks;
 use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts};
 use crate::handoff::{Event, Order, Peer, Role};
@@ -24,8 +25,17 @@ use crate::xenstore::Xenstore;
 
 /// What a helper does that no command of ours has started: it takes zero pages out of nothing, since there is no side channel,
 /// and is otherwise libxl's own.
-const ALONE: Order =
-    Order { socket: false, references: false, wait_lists_seconds: 0, debug: false, own_disks: Vec::new() };
+const ALONE: Order = Order {
+    socket: false,
+    references: false,
+    wait_lists_seconds: 0,
+    debug: false,
+    own_disks: Vec::new(),
+    limits: Limits::DEFAULT,
+};
+
+/// `XCFLAGS_DEBUG`: all pages are sent again at the end, and compared.
+const SAVE_DEBUG: u32 = 1 << 1;
 
 /// How long a filter may take to end after a save that failed; its way to the target may be blocked.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -76,10 +86,17 @@ fn save(
         side,
         map: hints.map.take().unwrap_or_else(|| ReferenceMap::new(Pfn(0))),
         disks: std::mem::take(&mut hints.disks),
-        config: Config { references: order.references, ..Config::default() },
+        config: Config {
+            references: order.references,
+            compare: arguments.flags & SAVE_DEBUG != 0,
+            ..Config::default()
+        },
     })?;
     hints.tell(RequestKind::Begun);
-    let mut saver = Saver { channel: channel.clone(), engine, terminated: terminated.clone(), round };
+    let policy = Policy::new(order.limits);
+    let began = Instant::now();
+    let mut saver =
+        Saver { channel: channel.clone(), engine, terminated: terminated.clone(), round, policy, began };
     let saved =
         libraries.guest.save(&libraries.control, library_end.as_fd(), domain, arguments.flags, &mut saver);
     // The end of the stream for the filter; the thread that waits for SIGTERM keeps a copy, so it is said aloud.
@@ -202,6 +219,8 @@ struct Saver {
     engine: SourceFilter,
     terminated: Terminated,
     round: Arc<AtomicU32>,
+    policy: Policy,
+    began: Instant,
 }
 
 impl Saver {
@@ -228,28 +247,33 @@ impl SaveCallbacks for Saver {
         if self.terminated.get() || self.engine.is_finished() {
             return Precopy::Abort;
         }
-        let decision = policy::stock(stats);
+        let bytes_sent = self.engine.stats().bytes_out;
+        let decision = self.policy.decide(Observed::new(stats, bytes_sent, self.began.elapsed()));
+        self.channel.log(Level::INFO, &decision.to_string());
+        let mut answer = decision.answer;
         if stats.dirty_count > 0 {
             self.enter_round(stats.iteration);
         }
-        if decision == Precopy::StopAndCopy {
+        if answer == Precopy::StopAndCopy {
             // Nothing may wait for storage while the domain is suspended.
             match self.engine.drain() {
-                Ok(drained) => self.channel.log(
-                    Level::INFO,
-                    &format!(
+                Ok(drained) => {
+                    let words = format!(
                         "drained in {:.2} s: {} references outstanding, {} accepted, {} refused, {} replaced",
                         drained.seconds,
                         drained.outstanding,
                         drained.accepted,
                         drained.refused,
                         drained.replaced
-                    ),
-                ),
+                    );
+                    self.channel.log(Level::INFO, &words);
+                    answer =
+                        self.policy.drained(Duration::try_from_secs_f64(drained.seconds).unwrap_or_default());
+                }
                 Err(_) => return Precopy::Abort,
             }
         }
-        decision
+        answer
     }
 
     fn switch_qemu_logdirty(&mut self, domain: DomainId, enable: bool) -> i32 {

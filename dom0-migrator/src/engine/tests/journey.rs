@@ -12,7 +12,9 @@ use super::guest_stream::{
 };
 use super::pair::{AFTER_END, Pair, XVDA, config, disk, map};
 use crate::engine::xen_stream::{PAGE, PageData, XALLOC, record as kinds};
-use crate::engine::{Config, DiskName, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts};
+use crate::engine::{
+    Config, DiskName, LateWrites, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts,
+};
 
 /// 64 pages: zeros, pages on the disk, others, page tables, unpopulated ones.
 fn first_pass() -> Vec<Sent> {
@@ -45,6 +47,26 @@ fn whole_stream(passes: &[Vec<Sent>], verify: bool) -> Vec<u8> {
     }
     stream.extend(ending());
     stream
+}
+
+#[test]
+fn the_target_is_told_which_pages_were_written_after_the_suspension() {
+    let disk = disk(8);
+    let mut pair = Pair::simple(map([(3, 3)]), &disk, Config { compare: true, ..config() });
+    let same = [Sent::page(1, other_page(1)), Sent::page(2, vec![0; PAGE]), Sent::page(3, disk_page(3))];
+    let mut stream = beginning();
+    stream.extend(page_data(&[&same[..], &[Sent::page(9, other_page(1))]].concat()));
+    stream.extend(page_data(&[Sent::page(9, other_page(2))]));
+    stream.extend(record(kinds::VERIFY, &[]));
+    stream.extend(page_data(&[&same[..], &[Sent::page(9, other_page(3))]].concat()));
+    stream.extend(ending());
+    pair.write(&stream);
+    let outcome = pair.finish();
+    assert_eq!(outcome.source.unwrap().stats.pages_written_late, 1);
+    assert_eq!(outcome.target.unwrap().late_writes, LateWrites::new(vec![9]));
+    // libxenguest gets what libxenguest sent, and finds the page that differs.
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    assert_eq!(restore(&outcome.stream).verify_mismatches, [9]);
 }
 
 #[test]
