@@ -7,34 +7,48 @@
 //! ```text
 //! migrate                                  receive
 //!   │ ── control: Greeting ─────────────────►│
-//!   │ ── Start { domain, helper, debug } ───►│  is there a NAME--incoming already?
+//!   │ ── Start { domain, helper, … } ───────►│  is there a NAME--incoming already?
 //!   │ ◄──────────────── Ready | Refused ─────│
 //!   │ ── stream: Greeting, side: Greeting ──►│  starts xl migrate-receive on the stream
 //!   │            … the migration …           │
-//!   │ ── GaveUp, if xl failed ──────────────►│
+//!   │ ── Given ─────────────────────────────►│  the hand-over (crate::handover)
+//!   │ ◄─────────────────────── Verdict ──────│
+//!   │ ── GaveUp, if xl failed before ───────►│
 //!   │ ◄──────────────────────── Finished ────│  xl is done, what it left behind is removed
 //! ```
 //!
-//! The token ties connections together; it keeps nobody out. Like xl's own stream, all of this belongs on a network that
-//! only the hosts share.
+//! A source that does not know what became of a domain asks, on a control connection of its own:
+//!
+//! ```text
+//! resolve                                  receive
+//!   │ ── control: Greeting, Ask { id } ─────►│  decides, if that was left open
+//!   │ ◄─────────── Verdict | Refused ────────│
+//! ```
+//!
+//! The token ties connections together; it keeps nobody out: certificates do ([`crate::command`]).
 
 use std::io::{self, BufRead, Read, Write};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::handover::Verdict;
 use crate::report::RestoreReport;
 
 /// Version of everything that the two commands say to each other. Another one is refused.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
+
+/// Version of what the two helpers say to each other, in the stream and beside it; raised with [`crate::engine::side_message`]'s.
+/// Between hosts that differ in it only libxl's own helper runs.
+pub const STREAM_VERSION: u16 = 1;
 
 /// Longest line in bytes.
 pub const LINE_MAX: usize = 256 * 1024;
 /// Longest greeting: nothing that a stranger sends is kept beyond it.
 pub const GREETING_MAX: usize = 256;
 
-/// What ties the connections of a migration together.
+/// What ties the connections of a migration together, and its records on both hosts: the migration's number.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "String", into = "String")]
 pub struct Token(String);
 
 impl Token {
@@ -46,6 +60,31 @@ impl Token {
         let mut bytes = [0; 16];
         std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
         Ok(Self(bytes.iter().map(|byte| format!("{byte:02x}")).collect()))
+    }
+
+    /// A token as it is written: 32 hexadecimal digits, and nothing else, since it becomes the name of a file.
+    pub fn parse(text: &str) -> Option<Self> {
+        let digits = |text: &str| text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        (text.len() == 32 && digits(text)).then(|| Self(text.to_owned()))
+    }
+}
+
+impl TryFrom<String> for Token {
+    type Error = &'static str;
+    fn try_from(text: String) -> Result<Self, Self::Error> {
+        Self::parse(&text).ok_or("a token has 32 hexadecimal digits")
+    }
+}
+
+impl From<Token> for String {
+    fn from(token: Token) -> Self {
+        token.0
+    }
+}
+
+impl std::fmt::Display for Token {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(&self.0)
     }
 }
 
@@ -90,14 +129,24 @@ pub enum FromSource {
     Start {
         /// Name of the domain.
         domain: String,
-        /// The helper that both sides run.
+        /// The helper that both sides are to run.
         helper: HelperKind,
+        /// The source's [`STREAM_VERSION`].
+        stream_version: u16,
         /// Whether all pages are compared at the end.
         debug: bool,
     },
-    /// xl has failed at the source: what has not come by now does not come. (A connection that is merely lost says nothing; the
-    /// two xl may well be going on.)
+    /// The source has written down that the target may run the domain.
+    Given,
+    /// xl has failed at the source: what has not come by now does not come.
     GaveUp,
+    /// What became of a migration? The first line of its connection.
+    Ask {
+        /// The migration.
+        id: Token,
+        /// Name of its domain.
+        domain: String,
+    },
 }
 
 /// What the target says.
@@ -105,12 +154,17 @@ pub enum FromSource {
 #[serde(rename_all = "snake_case")]
 pub enum FromTarget {
     /// The other connections may come.
-    Ready,
+    Ready {
+        /// Why both sides run libxl's own helper, although the other was wanted.
+        stock_because: Option<String>,
+    },
     /// No.
     Refused {
         /// Why, and what to do.
         reason: String,
     },
+    /// What became of the domain, once for all.
+    Verdict(Verdict),
     /// xl is done.
     Finished(Box<TargetOutcome>),
 }
@@ -218,11 +272,12 @@ mod tests {
     #[test]
     fn lines_come_one_by_one() {
         let mut bytes = Vec::new();
-        write_line(&mut bytes, &FromTarget::Ready).unwrap();
+        let ready = FromTarget::Ready { stock_because: None };
+        write_line(&mut bytes, &ready).unwrap();
         let finished = FromTarget::Finished(Box::new(TargetOutcome { started: true, ..Default::default() }));
         write_line(&mut bytes, &finished).unwrap();
         let mut from = &bytes[..];
-        assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), FromTarget::Ready);
+        assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), ready);
         assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), finished);
         assert!(matches!(read_line::<FromTarget>(&mut from), Err(LineError::Closed)));
     }

@@ -10,6 +10,8 @@
 //!   │ ── Event::Hello { role, domain } ──────►│
 //!   │ ◄──────────── Order, and its socket ────│
 //!   │ ── Event::… while it works ────────────►│
+//!   │ ── a carrier: Event::Permission ───────►│
+//!   │ ◄───────────────────────────── Answer ──│
 //!   │ ── Event::Saved / Restored / Carried ──►│
 //!   │ ── closes ─────────────────────────────►│
 //! ```
@@ -47,8 +49,17 @@ pub enum Role {
     Carrier,
 }
 
+/// A disk of a domain that is received.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OwnDisk {
+    /// Number of the virtual device.
+    pub vdev: u32,
+    /// Where this host finds it.
+    pub path: PathBuf,
+}
+
 /// What a helper is to do. The socket that comes with it is the side channel (for a carrier, the stream).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Order {
     /// Whether a socket comes with it.
     pub socket: bool,
@@ -58,6 +69,10 @@ pub struct Order {
     pub wait_lists_seconds: u64,
     /// Whether all pages are to be compared at the end. The target then fails when nothing was compared.
     pub debug: bool,
+    /// Target: the domain's disks as its configuration names them; no other is opened. Empty when the configuration could not
+    /// be read: then none is.
+    #[serde(default)]
+    pub own_disks: Vec<OwnDisk>,
     /// Source: when to suspend the domain.
     #[serde(default)]
     pub limits: Limits,
@@ -91,8 +106,22 @@ pub enum Event {
     Saved(Box<SaveReport>),
     /// The target's helper is done.
     Restored(Box<RestoreReport>),
+    /// The carrier holds xl's permission to run the domain at the target, and waits for an [`Answer`].
+    Permission,
     /// The carrier is done.
     Carried(CarriedReport),
+}
+
+/// What a carrier is to tell its xl, which has given permission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// The domain runs at the target: xl removes its copy.
+    Runs,
+    /// It does not run there, and never will: xl lets its copy run on.
+    Kept,
+    /// Nobody knows: xl leaves its copy as it is, suspended.
+    Doubt,
 }
 
 /// Why the handoff failed.
@@ -230,6 +259,22 @@ impl Peer {
         self.send(&serde_json::to_vec(order)?, socket.map(AsRawFd::as_raw_fd))
     }
 
+    /// Answers a carrier that holds a permission.
+    ///
+    /// # Errors
+    /// [`HandoffError`] when it is gone.
+    pub fn answer(&self, answer: Answer) -> Result<(), HandoffError> {
+        self.send(&serde_json::to_vec(&answer)?, None)
+    }
+
+    /// Waits for the answer to a permission. A command that is gone cannot say what became of the domain.
+    pub fn wait_for_answer(&self) -> Answer {
+        match self.receive() {
+            Ok(Some((bytes, _))) => serde_json::from_slice(&bytes).unwrap_or(Answer::Doubt),
+            Ok(None) | Err(_) => Answer::Doubt,
+        }
+    }
+
     /// Hears what the helper says; `None` when it is gone.
     ///
     /// # Errors
@@ -309,13 +354,7 @@ mod tests {
         let peer = listener.accept().unwrap();
         let hello = peer.hear().unwrap().unwrap();
         assert!(matches!(hello, Event::Hello { role: Role::Save, domain: Some(DomainId(4)), .. }));
-        let order = Order {
-            socket: true,
-            references: true,
-            wait_lists_seconds: 30,
-            debug: false,
-            limits: Limits::DEFAULT,
-        };
+        let order = Order { socket: true, references: true, wait_lists_seconds: 30, ..Order::default() };
         peer.order(&order, Some(&near.into())).unwrap();
         let mut text = String::new();
         far.read_to_string(&mut text).unwrap();

@@ -4,9 +4,11 @@
 //!
 //! * [`helper`]: the save helper itself: libxl's messages on one side, libxenguest on the other;
 //! * [`engine`]: what stands in the stream between libxenguest and the network;
-//! * [`lists`], [`disks`]: what the guest tells of its pages, and where the domain's disks are;
+//! * [`lists`], [`disks`]: what the guest tells of its pages, and where the domain's disks are ([`stream_head`] has them for
+//!   the target);
 //! * [`command`]: `migrate` and `receive`, which run `xl` with this program as its helper; [`control`] is what they say to
 //!   each other, [`handoff`] what they say to the helpers, [`report`] what comes of it;
+//! * [`handover`]: which side may run the domain, written down on both before it is done;
 //! * [`xen`], [`xenstore`]: Xen's libraries and its tree of values.
 
 pub mod command;
@@ -14,8 +16,10 @@ pub mod control;
 pub mod disks;
 pub mod engine;
 pub mod handoff;
+pub mod handover;
 pub mod helper;
 pub mod lists;
 pub mod report;
+pub mod stream_head;
 pub mod xen;
 pub mod xenstore;

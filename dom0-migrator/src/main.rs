@@ -5,7 +5,7 @@ use std::io::IsTerminal as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use dom0_migrator::command::Command;
+use dom0_migrator::command::CommandLine;
 use dom0_migrator::helper::{self, arguments::Arguments};
 use tracing_subscriber::EnvFilter;
 
@@ -25,6 +25,6 @@ fn main() -> ExitCode {
             eprintln!("dom0-migrator: {error}");
             ExitCode::FAILURE
         }
-        None => dom0_migrator::command::run(Command::parse()),
+        None => dom0_migrator::command::run(CommandLine::parse()),
     }
 }

@@ -2,13 +2,16 @@
 
 use std::io::{self, BufReader};
 use std::mem::MaybeUninit;
-use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::AsRawFd;
+use std::net::{Shutdown, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::DEFAULT_PORT;
+use super::pump::{self, Bandwidth};
+use super::tls::Identity;
 use crate::control::{self, Connection, Greeting, LineError, Token, VERSION};
 
 /// How long a connection may take to be made.
@@ -29,19 +32,88 @@ pub fn with_port(target: &str) -> String {
     }
 }
 
+/// How connections between the hosts are made.
+#[derive(Clone, Debug, Default)]
+pub struct Transport {
+    /// Who this host is; none where connections are plain.
+    pub identity: Option<Identity>,
+    /// The limit on what is sent.
+    pub bandwidth: Option<Arc<Bandwidth>>,
+}
+
+/// A connection between the hosts: what is read and written here, and the TCP connection that carries it. They are the same
+/// socket where nothing stands between; else the first is one end of a socket pair.
+#[derive(Debug)]
+pub struct Wire {
+    /// What is read and written.
+    pub socket: TcpStream,
+    tcp: TcpStream,
+}
+
+impl Transport {
+    /// Takes a connection that has come. Not longer than a TLS handshake may take, whatever the peer does.
+    ///
+    /// # Errors
+    /// What the system says, or why the peer is refused.
+    pub fn accept(&self, tcp: TcpStream) -> io::Result<Wire> {
+        prepare(&tcp)?;
+        let tls = self.identity.as_ref().map(|identity| identity.accept(&tcp)).transpose()?;
+        self.wire(tcp, tls)
+    }
+
+    fn connect(&self, address: &SocketAddr, host: &str) -> io::Result<Wire> {
+        let tcp = TcpStream::connect_timeout(address, CONNECT)?;
+        prepare(&tcp)?;
+        let tls = self.identity.as_ref().map(|identity| identity.connect(&tcp, host)).transpose()?;
+        self.wire(tcp, tls)
+    }
+
+    fn wire(&self, tcp: TcpStream, tls: Option<rustls::Connection>) -> io::Result<Wire> {
+        let socket = if tls.is_some() || self.bandwidth.is_some() {
+            // Of a socket, only what every kind of stream socket can do is used.
+            TcpStream::from(OwnedFd::from(pump::start(&tcp, tls, self.bandwidth.clone())?))
+        } else {
+            tcp.try_clone()?
+        };
+        Ok(Wire { socket, tcp })
+    }
+}
+
+impl Wire {
+    /// The one descriptor, for another process.
+    pub fn into_socket(self) -> TcpStream {
+        self.socket
+    }
+
+    /// Bytes on the network, as the kernel counts them; 0 where it does not.
+    pub fn carried(&self) -> Carried {
+        carried(&self.tcp).unwrap_or_default()
+    }
+
+    /// Ends it in both directions.
+    pub fn hang_up(&self) {
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+}
+
 /// Connects and greets.
 ///
 /// # Errors
 /// The last address's error.
-pub fn connect(target: &str, connection: Connection, token: &Token) -> Result<TcpStream, LineError> {
+pub fn connect(
+    target: &str,
+    connection: Connection,
+    token: &Token,
+    transport: &Transport,
+) -> Result<Wire, LineError> {
+    let host = target.rsplit_once(':').map_or(target, |(host, _)| host);
     let mut last = io::Error::new(io::ErrorKind::NotFound, "no address of that name");
     for address in target.to_socket_addrs()? {
-        match TcpStream::connect_timeout(&address, CONNECT) {
-            Ok(mut stream) => {
-                prepare(&stream)?;
+        match transport.connect(&address, host) {
+            Ok(mut wire) => {
                 let greeting = Greeting { poolskip: VERSION, connection, token: token.clone() };
-                control::write_line(&mut stream, &greeting)?;
-                return Ok(stream);
+                control::write_line(&mut wire.socket, &greeting)?;
+                return Ok(wire);
             }
             Err(error) => last = error,
         }
@@ -53,7 +125,7 @@ pub fn connect(target: &str, connection: Connection, token: &Token) -> Result<Tc
 ///
 /// # Errors
 /// What the system says.
-pub fn prepare(stream: &TcpStream) -> io::Result<()> {
+fn prepare(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     setsockopt(stream, sockopt::KeepAlive, &true)?;
     setsockopt(stream, sockopt::TcpKeepIdle, &KEEPALIVE_IDLE_SECONDS)?;
@@ -103,7 +175,7 @@ const _: () = assert!(std::mem::offset_of!(TcpInfo, bytes_acked) == 120);
 ///
 /// # Errors
 /// What the kernel says, or that it is older than 4.1 and does not count.
-pub fn carried(stream: &TcpStream) -> io::Result<Carried> {
+fn carried(stream: &TcpStream) -> io::Result<Carried> {
     let mut info = MaybeUninit::<TcpInfo>::zeroed();
     let mut length = size_of::<TcpInfo>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `length` bytes to the structure.
@@ -160,14 +232,14 @@ mod tests {
             far.read_to_end(&mut rest).unwrap();
             (greeting, rest.len())
         });
-        let mut near = connect(&address, Connection::Side, &token).unwrap();
-        near.write_all(&[0; 3000]).unwrap();
-        near.read_exact(&mut [0; 100]).unwrap();
-        near.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut near = connect(&address, Connection::Side, &token, &Transport::default()).unwrap();
+        near.socket.write_all(&[0; 3000]).unwrap();
+        near.socket.read_exact(&mut [0; 100]).unwrap();
+        near.socket.shutdown(Shutdown::Write).unwrap();
         let (greeting, rest) = far.join().unwrap();
         assert_eq!((greeting.connection, rest), (Connection::Side, 3000));
         let greeted = serde_json::to_vec(&greeting).unwrap().len() as u64 + 1;
-        let carried = carried(&near).unwrap();
+        let carried = carried(&near.tcp).unwrap();
         // The closing of a side counts as one byte more.
         assert!((100..=101).contains(&carried.received), "{carried:?}");
         assert!((3000 + greeted..=3001 + greeted).contains(&carried.sent), "{carried:?}");

@@ -1,32 +1,36 @@
 //! `receive`: listens, and runs `xl migrate-receive` for each migration that comes.
 //!
 //! What holds after a migration: either the domain runs here, or nothing of it is left here, a half-received
-//! `NAME--incoming` included. The daemon goes on after a failed one.
+//! `NAME--incoming` included. The daemon goes on after a failed one. What an earlier one left that was killed is settled first.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io;
-use std::net::{TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
-use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::io::{self, BufReader};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::Signal;
 
-use super::child::{self, Xl};
+use super::configuration::Configuration;
+use super::connection::{Transport, Wire};
 use super::domain::{self, INCOMING};
+use super::pump;
+use super::session::{self, Happening, Session};
+use super::settle;
+use super::tls::Deadlined;
 use super::{EXIT_FAILED, EXIT_MIGRATED, EXIT_NOT_BEGUN, Receive, connection, signals};
 use crate::control::{
-    self, Connection, FromSource, FromTarget, HelperKind, LineError, TargetOutcome, Token, VERSION,
+    self, Connection, FromSource, FromTarget, HelperKind, LineError, STREAM_VERSION, TargetOutcome, Token,
+    VERSION,
 };
-use crate::handoff::{Event, HandoffError, Listener, Order, Peer};
-use crate::helper::policy::Limits;
-use crate::report::RestoreReport;
+use crate::handover::record::{RecordError, Records};
+use crate::handover::{TargetEvent, TargetState, Verdict};
 use crate::xen::DomainId;
-use crate::xenstore::{Store, StoreError, Xenstore};
+use crate::xen::release::Release;
+use crate::xenstore::{StoreError, Xenstore};
 
 /// How often things are looked after.
 const TICK: Duration = Duration::from_millis(100);
@@ -34,8 +38,10 @@ const TICK: Duration = Duration::from_millis(100);
 const GREETING: Duration = Duration::from_secs(10);
 /// How long the other two connections may take to come.
 const PARTNERS: Duration = Duration::from_secs(30);
-/// How long xl may take to end in its own way.
-const GRACE: Duration = Duration::from_secs(5);
+/// How long a question may take to be answered: a session that is asked about ends first.
+const QUESTION: Duration = Duration::from_secs(25);
+/// How long the end waits for what is still to be sent.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Connections that are attended to at once; more are closed.
 const CONNECTIONS_MAX: usize = 64;
 /// Longest name of a domain that is accepted.
@@ -43,13 +49,15 @@ const NAME_MAX: usize = 256;
 
 /// Why a migration did not begin, or was given up.
 #[derive(Debug, thiserror::Error)]
-enum SessionError {
+enum ReceiveError {
     #[error(transparent)]
     Line(#[from] LineError),
     #[error(transparent)]
     Store(#[from] StoreError),
     #[error(transparent)]
-    Handoff(#[from] HandoffError),
+    Record(#[from] RecordError),
+    #[error(transparent)]
+    Settle(#[from] settle::SettleError),
     #[error("{what}: {source}")]
     System { what: &'static str, source: io::Error },
     #[error("the source speaks version {0}, this program {VERSION}: use the same release on both hosts")]
@@ -61,7 +69,7 @@ enum SessionError {
     #[error("{0} is being received already")]
     Busy(String),
     #[error(
-        "{name}{INCOMING} is here already, as domain {id}, left by a migration that was cut off; `xl destroy {id}` removes it"
+        "{name}{INCOMING} is here already, as domain {id}, and no record tells of it; `xl destroy {id}` removes it"
     )]
     Leftover { name: String, id: DomainId },
     #[error("a domain {name} is here already, as domain {id}")]
@@ -70,16 +78,23 @@ enum SessionError {
     NoStart,
     #[error("this host is about to stop receiving")]
     Ending,
+    #[error("no record of migration {id} is here, but a domain {name}: look whether it is the same")]
+    Unknown { id: Token, name: String },
+    #[error("it is not decided yet; ask again")]
+    Undecided,
 }
 
-fn system(what: &'static str) -> impl FnOnce(io::Error) -> SessionError {
-    move |source| SessionError::System { what, source }
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> ReceiveError {
+    move |source| ReceiveError::System { what, source }
 }
 
 /// What all sessions share.
-#[derive(Default)]
 struct Shared {
-    waiting: Mutex<BTreeMap<Token, Sender<(Connection, TcpStream)>>>,
+    records: Records,
+    transport: Transport,
+    waiting: Mutex<BTreeMap<Token, Sender<(Connection, Wire)>>>,
+    /// The sessions of now, for whoever asks about one.
+    running: Mutex<BTreeMap<Token, Sender<Happening>>>,
     names: Mutex<BTreeSet<String>>,
     connections: AtomicUsize,
     sessions: AtomicUsize,
@@ -92,8 +107,33 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Receives until it is told to end, or one migration is over when only one is wanted.
-pub fn run(options: &Receive) -> u8 {
-    let shared = Arc::new(Shared::default());
+pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
+    let failed = |error: &dyn std::fmt::Display| {
+        eprintln!("dom0-migrator: {error}");
+        EXIT_NOT_BEGUN
+    };
+    let Some(listen) = options.listen.or(configuration.listen) else {
+        return failed(&"where to listen? `--listen ADDRESS:PORT`, or `listen` in the configuration");
+    };
+    let transport = match configuration.transport(&options.connecting) {
+        Ok(transport) => transport,
+        Err(error) => return failed(&error),
+    };
+    let records = match Records::open(Some(&configuration.records)) {
+        Ok(records) => records,
+        Err(error) => return failed(&error),
+    };
+    let shared = Arc::new(Shared {
+        records,
+        transport,
+        waiting: Mutex::default(),
+        running: Mutex::default(),
+        names: Mutex::default(),
+        connections: AtomicUsize::new(0),
+        sessions: AtomicUsize::new(0),
+        ending: AtomicBool::new(false),
+        finished: Mutex::default(),
+    });
     let on_signal = {
         let shared = shared.clone();
         signals::on_signal(move |signal| {
@@ -101,15 +141,15 @@ pub fn run(options: &Receive) -> u8 {
             shared.ending.store(true, Ordering::Release);
         })
     };
-    let listening = on_signal.and_then(|()| TcpListener::bind(options.listen));
+    let listening = on_signal.and_then(|()| TcpListener::bind(listen));
     let listener = match listening {
         Ok(listener) => listener,
-        Err(error) => {
-            eprintln!("dom0-migrator: cannot listen on {}: {error}", options.listen);
-            return EXIT_NOT_BEGUN;
-        }
+        Err(error) => return failed(&format!("cannot listen on {listen}: {error}")),
     };
-    tracing::info!(address = %options.listen, "ready to receive domains");
+    shared.records.prune();
+    settle_all(&shared.records, None);
+    let encrypted = shared.transport.identity.is_some();
+    tracing::info!(address = %listen, encrypted, "ready to receive domains");
     while !shared.ending.load(Ordering::Acquire) {
         if options.once && lock(&shared.finished).is_some() {
             break;
@@ -119,10 +159,33 @@ pub fn run(options: &Receive) -> u8 {
     while shared.sessions.load(Ordering::Acquire) > 0 {
         std::thread::sleep(TICK);
     }
+    // The last words to the source.
+    pump::drain(LAST_WORDS);
     match *lock(&shared.finished) {
         Some(false) if options.once => EXIT_FAILED,
         None if options.once => EXIT_NOT_BEGUN,
         _ => EXIT_MIGRATED,
+    }
+}
+
+/// Settles what was left by sessions whose process is gone: of one name, or all.
+fn settle_all(records: &Records, name: Option<&str>) {
+    for open in records.open_ones::<TargetState>().unwrap_or_default() {
+        if name.is_some_and(|name| name != open.domain) || records.is_busy(&open.id, open.side) {
+            continue;
+        }
+        let settled = records
+            .take::<TargetState>(&open.id)
+            .map_err(settle::SettleError::from)
+            .and_then(|record| record.map(|mut record| settle::target(&mut record)).transpose());
+        match settled {
+            Ok(state) => {
+                tracing::info!(id = %open.id, domain = open.domain, ?state, "a migration that was cut off is settled")
+            }
+            Err(error) => {
+                tracing::error!(id = %open.id, domain = open.domain, %error, "a migration that was cut off is not settled")
+            }
+        }
     }
 }
 
@@ -141,7 +204,7 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
     }
     let shared = shared.clone();
     std::thread::spawn(move || {
-        if let Err(error) = greet(stream, &shared) {
+        if let Err(error) = greet(stream, from, &shared) {
             tracing::warn!(%from, %error, "a connection came to nothing");
         }
         shared.connections.fetch_sub(1, Ordering::AcqRel);
@@ -149,89 +212,165 @@ fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
 }
 
 /// Reads a connection's first line and sends it where it belongs.
-fn greet(mut stream: TcpStream, shared: &Arc<Shared>) -> Result<(), SessionError> {
-    connection::prepare(&stream).map_err(system("connection"))?;
-    stream.set_read_timeout(Some(GREETING)).map_err(system("connection"))?;
-    let greeting = control::read_greeting(&mut stream)?;
+fn greet(stream: TcpStream, from: SocketAddr, shared: &Arc<Shared>) -> Result<(), ReceiveError> {
+    let here = stream.local_addr().is_ok_and(|here| here.ip() == from.ip());
+    let mut wire = shared.transport.accept(stream).map_err(system("refused"))?;
+    wire.socket.set_write_timeout(Some(GREETING)).map_err(system("connection"))?;
+    // All of it has its time, not each byte: a peer that dawdles holds nobody up.
+    let mut timed = Deadlined { stream: &wire.socket, until: Instant::now() + GREETING };
+    let greeting = control::read_greeting(&mut timed)?;
     if greeting.poolskip != VERSION {
-        let error = SessionError::Version(greeting.poolskip);
+        let error = ReceiveError::Version(greeting.poolskip);
         if greeting.connection == Connection::Control {
             let refused = FromTarget::Refused { reason: error.to_string() };
-            control::write_line(&mut stream, &refused)?;
+            control::write_line(&mut wire.socket, &refused)?;
         }
         return Err(error);
     }
     match greeting.connection {
-        Connection::Control => {
-            let (partner, partners) = channel();
-            lock(&shared.waiting).insert(greeting.token.clone(), partner);
-            shared.sessions.fetch_add(1, Ordering::AcqRel);
-            let done = control_session(stream, &partners, shared, &greeting.token);
-            lock(&shared.waiting).remove(&greeting.token);
-            if let Ok(Some(started)) = &done {
-                *lock(&shared.finished) = Some(*started);
-            }
-            shared.sessions.fetch_sub(1, Ordering::AcqRel);
-            done.map(|_| ())
-        }
+        Connection::Control => converse(wire, from, here, &greeting.token, shared),
         other => {
-            stream.set_read_timeout(None).map_err(system("connection"))?;
+            wire.socket.set_read_timeout(None).map_err(system("connection"))?;
+            wire.socket.set_write_timeout(None).map_err(system("connection"))?;
             if let Some(session) = lock(&shared.waiting).get(&greeting.token) {
                 // A session that has ended does not want it any more.
-                let _ = session.send((other, stream));
+                let _ = session.send((other, wire));
             }
             Ok(())
         }
     }
 }
 
-/// One migration. `Some(started)` when xl was run for it.
-fn control_session(
-    mut control: TcpStream,
-    partners: &Receiver<(Connection, TcpStream)>,
-    shared: &Shared,
+/// A control connection: a migration, or a question.
+fn converse(
+    mut wire: Wire,
+    from: SocketAddr,
+    here: bool,
     token: &Token,
-) -> Result<Option<bool>, SessionError> {
-    let mut lines = connection::reader(&control).map_err(system("control connection"))?;
-    let FromSource::Start { domain, helper, debug: compare } = control::read_line(&mut lines)? else {
-        return Err(SessionError::NoStart);
+    shared: &Arc<Shared>,
+) -> Result<(), ReceiveError> {
+    let first = {
+        let mut timed = BufReader::new(Deadlined { stream: &wire.socket, until: Instant::now() + GREETING });
+        // The source says nothing more before it is answered, so nothing is left in this buffer.
+        control::read_line(&mut timed)?
     };
-    let here =
-        control.local_addr().and_then(|here| Ok(here.ip() == control.peer_addr()?.ip())).unwrap_or(false);
-    let claim = match Claim::new(&domain, here, shared) {
-        Ok(claim) => claim,
+    let lines = connection::reader(&wire.socket).map_err(system("control connection"))?;
+    let (domain, helper, compare, stock_because) = match first {
+        FromSource::Start { domain, helper, stream_version, debug } => {
+            let why = (helper == HelperKind::Poolskip).then(|| stock_because(stream_version)).flatten();
+            (domain, if why.is_some() { HelperKind::Stock } else { helper }, debug, why)
+        }
+        FromSource::Ask { id, domain } => {
+            let answer = answer(&id, &domain, shared);
+            tracing::info!(%from, %id, ?answer, "asked what became of a migration");
+            let said = match answer {
+                Ok(verdict) => FromTarget::Verdict(verdict),
+                Err(error) => FromTarget::Refused { reason: error.to_string() },
+            };
+            return Ok(control::write_line(&mut wire.socket, &said)?);
+        }
+        FromSource::Given | FromSource::GaveUp => return Err(ReceiveError::NoStart),
+    };
+    shared.sessions.fetch_add(1, Ordering::AcqRel);
+    let (partner, partners) = channel();
+    lock(&shared.waiting).insert(token.clone(), partner);
+    let (tell, happenings) = channel();
+    lock(&shared.running).insert(token.clone(), tell.clone());
+    let done = Claim::new(&domain, here, shared).and_then(|claim| {
+        let record = shared.records.begin(token, TargetState::Receiving, &domain, None, &from.to_string())?;
+        Ok((claim, record))
+    });
+    let done = match done {
+        Ok((claim, record)) => {
+            tracing::info!(domain, ?helper, compare, "a domain comes");
+            let record = Arc::new(Mutex::new(record));
+            let begun = control::write_line(&mut wire.socket, &FromTarget::Ready { stock_because })
+                .map_err(ReceiveError::from)
+                .and_then(|()| both(&partners));
+            match begun {
+                Ok((stream, side)) => {
+                    let _ = wire.socket.set_read_timeout(None);
+                    session::listen(lines, tell.clone());
+                    let session = Session {
+                        helper,
+                        compare,
+                        control: &mut wire.socket,
+                        stream,
+                        record: record.clone(),
+                        ending: &shared.ending,
+                    };
+                    let outcome = session.run(side, &tell, &happenings).unwrap_or_else(|error| {
+                        TargetOutcome { error: Some(error.to_string()), ..TargetOutcome::default() }
+                    });
+                    finish(&mut wire, &claim, outcome, shared);
+                    Ok(())
+                }
+                Err(error) => {
+                    // Nothing was begun.
+                    lock(&record).step(TargetEvent::GaveUp)?;
+                    lock(&record).step(TargetEvent::Removed)?;
+                    Err(error)
+                }
+            }
+        }
         Err(error) => {
-            control::write_line(&mut control, &FromTarget::Refused { reason: error.to_string() })?;
-            return Err(error);
+            let refused = FromTarget::Refused { reason: error.to_string() };
+            control::write_line(&mut wire.socket, &refused).map_err(ReceiveError::from).and(Err(error))
         }
     };
-    tracing::info!(domain, ?helper, compare, "a domain comes");
-    control::write_line(&mut control, &FromTarget::Ready)?;
-    let (stream, side) = both(partners)?;
     lock(&shared.waiting).remove(token);
-    control.set_read_timeout(None).map_err(system("control connection"))?;
-    let gave_up = Arc::new(AtomicBool::new(false));
-    let flag = gave_up.clone();
-    std::thread::spawn(move || {
-        let said = control::read_line(&mut lines);
-        flag.store(matches!(said, Ok(FromSource::GaveUp)), Ordering::Release);
-    });
-    let migration = Migration { name: &claim.name, helper, compare };
-    let given_up = || gave_up.load(Ordering::Acquire);
-    let outcome = receive(&migration, stream, side, shared, given_up)
-        .unwrap_or_else(|error| TargetOutcome { error: Some(error.to_string()), ..TargetOutcome::default() });
+    lock(&shared.running).remove(token);
+    shared.sessions.fetch_sub(1, Ordering::AcqRel);
+    done
+}
+
+/// Why this program's helper cannot run here with the source's.
+fn stock_because(stream_version: u16) -> Option<String> {
+    if stream_version != STREAM_VERSION {
+        return Some(format!(
+            "the source's helper speaks version {stream_version}, the target's {STREAM_VERSION}"
+        ));
+    }
+    Release::running().err().map(|error| format!("at the target: {error}"))
+}
+
+/// Says how it ended, here and to the source.
+fn finish(wire: &mut Wire, claim: &Claim<'_>, outcome: TargetOutcome, shared: &Shared) {
+    let domain = &claim.name;
     match &outcome.error {
         None => tracing::info!(domain, "the domain runs here"),
         Some(error) => {
-            tracing::warn!(domain, error, destroyed = outcome.incoming_destroyed, "the domain did not come");
+            tracing::warn!(domain, error, removed = outcome.incoming_destroyed, "the domain did not come");
         }
     }
-    let started = outcome.started;
+    *lock(&shared.finished) = Some(outcome.started);
     // The source may be gone by now; what happened here happened all the same.
-    if let Err(error) = control::write_line(&mut control, &FromTarget::Finished(Box::new(outcome))) {
+    if let Err(error) = control::write_line(&mut wire.socket, &FromTarget::Finished(Box::new(outcome))) {
         tracing::warn!(%error, "the source was not told");
     }
-    Ok(Some(started))
+}
+
+/// What became of a migration. One that is not decided is decided now: against it.
+fn answer(id: &Token, name: &str, shared: &Shared) -> Result<Verdict, ReceiveError> {
+    let session = lock(&shared.running).get(id).cloned();
+    if let Some(session) = session {
+        let (tell, verdict) = channel();
+        if session.send(Happening::Asked(tell)).is_ok()
+            && let Ok(verdict) = verdict.recv_timeout(QUESTION)
+        {
+            return Ok(verdict);
+        }
+    }
+    let Some(mut record) = shared.records.take::<TargetState>(id)? else {
+        // It never came this far, or was closed long ago; but records can be lost.
+        let incoming = format!("{name}{INCOMING}");
+        let there = domain::all(&mut Xenstore::open()?)?;
+        return match there.into_iter().find(|found| found.name == name || found.name == incoming) {
+            Some(found) => Err(ReceiveError::Unknown { id: id.clone(), name: found.name }),
+            None => Ok(Verdict::Discarded),
+        };
+    };
+    settle::target(&mut record)?.verdict().ok_or(ReceiveError::Undecided)
 }
 
 /// A domain's name, taken for as long as it is being received.
@@ -242,24 +381,25 @@ struct Claim<'a> {
 
 impl<'a> Claim<'a> {
     /// `same_host`: the source is this host, so that the domain itself is here.
-    fn new(name: &str, same_host: bool, shared: &'a Shared) -> Result<Self, SessionError> {
+    fn new(name: &str, same_host: bool, shared: &'a Shared) -> Result<Self, ReceiveError> {
         let plausible = !name.is_empty() && name.len() <= NAME_MAX && !name.contains(['/', '\0', '\n']);
         if !plausible {
-            return Err(SessionError::Name(name.chars().take(NAME_MAX).collect()));
+            return Err(ReceiveError::Name(name.chars().take(NAME_MAX).collect()));
         }
         if shared.ending.load(Ordering::Acquire) {
-            return Err(SessionError::Ending);
+            return Err(ReceiveError::Ending);
         }
         if !lock(&shared.names).insert(name.to_owned()) {
-            return Err(SessionError::Busy(name.to_owned()));
+            return Err(ReceiveError::Busy(name.to_owned()));
         }
         let claim = Self { name: name.to_owned(), shared };
+        settle_all(&shared.records, Some(name));
         for found in domain::all(&mut Xenstore::open()?)? {
             if found.name == format!("{name}{INCOMING}") {
-                return Err(SessionError::Leftover { name: claim.name.clone(), id: found.id });
+                return Err(ReceiveError::Leftover { name: claim.name.clone(), id: found.id });
             }
             if found.name == name && !same_host {
-                return Err(SessionError::Exists { name: claim.name.clone(), id: found.id });
+                return Err(ReceiveError::Exists { name: claim.name.clone(), id: found.id });
             }
         }
         Ok(claim)
@@ -273,7 +413,7 @@ impl Drop for Claim<'_> {
 }
 
 /// Waits for the other two connections.
-fn both(partners: &Receiver<(Connection, TcpStream)>) -> Result<(TcpStream, TcpStream), SessionError> {
+fn both(partners: &Receiver<(Connection, Wire)>) -> Result<(Wire, Wire), ReceiveError> {
     let (mut stream, mut side) = (None, None);
     loop {
         match (stream, side) {
@@ -281,172 +421,9 @@ fn both(partners: &Receiver<(Connection, TcpStream)>) -> Result<(TcpStream, TcpS
             (have_stream, have_side) => (stream, side) = (have_stream, have_side),
         }
         let missing = if stream.is_none() { Connection::Stream } else { Connection::Side };
-        match partners.recv_timeout(PARTNERS).map_err(|_| SessionError::Partner(missing))? {
+        match partners.recv_timeout(PARTNERS).map_err(|_| ReceiveError::Partner(missing))? {
             (Connection::Side, connection) => side = Some(connection),
             (_, connection) => stream = Some(connection),
         }
     }
-}
-
-/// What was heard while xl ran.
-#[derive(Default)]
-struct Heard {
-    /// The restored domain's number, from the helper.
-    domain: Mutex<Option<DomainId>>,
-    restored: Mutex<Option<RestoreReport>>,
-    attending: AtomicUsize,
-    /// Memory is complete: from here on xl decides together with the source's.
-    complete: AtomicBool,
-    /// xl says that it has removed the domain itself.
-    gave_up: AtomicBool,
-    mismatch_lines: AtomicU64,
-}
-
-/// What is to be received.
-struct Migration<'a> {
-    name: &'a str,
-    helper: HelperKind,
-    compare: bool,
-}
-
-/// Runs xl for one migration, and removes what it leaves when it fails.
-fn receive(
-    migration: &Migration<'_>,
-    stream: TcpStream,
-    side: TcpStream,
-    shared: &Shared,
-    given_up: impl Fn() -> bool,
-) -> Result<TargetOutcome, SessionError> {
-    let Migration { name, helper, compare } = *migration;
-    let heard = Arc::new(Heard::default());
-    let listener = Arc::new(Listener::bind()?);
-    let order = Order {
-        socket: true,
-        references: true,
-        wait_lists_seconds: 0,
-        debug: compare,
-        limits: Limits::DEFAULT,
-    };
-    serve(&listener, side, order, &heard).map_err(system("handoff"))?;
-    let mut xl = start_xl(helper, &listener, stream, &heard).map_err(system("xl migrate-receive"))?;
-    let mut deadline: Option<Instant> = None;
-    let status = loop {
-        if let Some(status) = xl.try_wait().map_err(system("xl migrate-receive"))? {
-            break status;
-        }
-        if !heard.complete.load(Ordering::Acquire) {
-            // A source that gave up has closed the stream, by which xl ends in its own way; but it may not be listening.
-            let grace = if shared.ending.load(Ordering::Acquire) {
-                Some(Duration::ZERO)
-            } else {
-                given_up().then_some(GRACE)
-            };
-            if let Some(grace) = grace
-                && Instant::now() >= *deadline.get_or_insert_with(|| Instant::now() + grace)
-            {
-                xl.signal(Signal::SIGTERM);
-                deadline = Some(Instant::now() + GRACE);
-            }
-        }
-        std::thread::sleep(TICK);
-    };
-    listener.close();
-    // The helper's last words may still be on their way.
-    for _ in 0..50 {
-        if heard.attending.load(Ordering::Acquire) == 0 {
-            break;
-        }
-        std::thread::sleep(TICK);
-    }
-    let started = status.success() && !heard.gave_up.load(Ordering::Acquire);
-    let mut outcome = TargetOutcome {
-        started,
-        error: None,
-        incoming_destroyed: false,
-        restore: lock(&heard.restored).take(),
-        mismatch_lines: heard.mismatch_lines.load(Ordering::Acquire),
-    };
-    if !started {
-        let said = xl.said();
-        outcome.error = Some(said.last().cloned().unwrap_or_else(|| format!("xl ended with {status}")));
-        outcome.incoming_destroyed = destroy_incoming(name, *lock(&heard.domain))?;
-    }
-    Ok(outcome)
-}
-
-fn start_xl(
-    helper: HelperKind,
-    listener: &Listener,
-    stream: TcpStream,
-    heard: &Arc<Heard>,
-) -> io::Result<Xl> {
-    let mut command = child::xl(&["migrate-receive"], helper, listener.path())?;
-    let stream = OwnedFd::from(stream);
-    command.stdout(Stdio::from(stream.try_clone()?)).stdin(Stdio::from(stream));
-    let heard = heard.clone();
-    Xl::start(command, move |line| {
-        tracing::info!("xl: {line}");
-        if line.contains("requesting permission to start domain") {
-            heard.complete.store(true, Ordering::Release);
-        } else if line.contains("Failure, destroying our copy") {
-            heard.gave_up.store(true, Ordering::Release);
-        } else if line.contains("verify pfn ") && line.contains(" failed") {
-            heard.mismatch_lines.fetch_add(1, Ordering::AcqRel);
-        }
-    })
-}
-
-/// Gives the helper its order, and keeps what it says.
-fn serve(listener: &Arc<Listener>, side: TcpStream, order: Order, heard: &Arc<Heard>) -> io::Result<()> {
-    let (listener, heard) = (listener.clone(), heard.clone());
-    std::thread::Builder::new().name("handoff".into()).spawn(move || {
-        // There is one helper; the side channel is its alone from then on, so that its end is the channel's end.
-        let mut side = Some(OwnedFd::from(side));
-        while let Ok(peer) = listener.accept() {
-            heard.attending.fetch_add(1, Ordering::AcqRel);
-            if let Err(error) = attend(&peer, side.take(), &order, &heard) {
-                tracing::warn!(%error, "the helper was lost");
-            }
-            heard.attending.fetch_sub(1, Ordering::AcqRel);
-        }
-    })?;
-    Ok(())
-}
-
-fn attend(peer: &Peer, side: Option<OwnedFd>, order: &Order, heard: &Heard) -> Result<(), HandoffError> {
-    let Some(Event::Hello { domain, .. }) = peer.hear()? else {
-        return Err(HandoffError::Closed("its hello"));
-    };
-    *lock(&heard.domain) = domain;
-    peer.order(&Order { socket: side.is_some(), ..order.clone() }, side.as_ref())?;
-    drop(side);
-    while let Some(event) = peer.hear()? {
-        if let Event::Restored(report) = event {
-            *lock(&heard.restored) = Some(*report);
-        }
-    }
-    Ok(())
-}
-
-/// Removes a half-received domain: the one of that name, which was not there before, and of that number if the helper told it.
-fn destroy_incoming(name: &str, id: Option<DomainId>) -> Result<bool, SessionError> {
-    let mut store = Xenstore::open()?;
-    let wanted = format!("{name}{INCOMING}");
-    let Some(found) = domain::all(&mut store)?.into_iter().find(|domain| domain.name == wanted) else {
-        return Ok(false);
-    };
-    if id.is_some_and(|id| id != found.id) {
-        tracing::warn!(name = wanted, id = %found.id, "not the domain that was received, left alone");
-        return Ok(false);
-    }
-    let destroyed = Command::new("xl")
-        .args(["destroy", &found.id.to_string()])
-        .stdin(Stdio::null())
-        .status()
-        .map_err(system("xl destroy"))?;
-    let gone = store.read(&format!("/local/domain/{}/name", found.id))?.is_none();
-    if !gone {
-        tracing::error!(name = wanted, id = %found.id, %destroyed, "could not be destroyed");
-    }
-    Ok(gone)
 }

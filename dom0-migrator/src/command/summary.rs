@@ -5,6 +5,7 @@ use std::fmt;
 use serde::Serialize;
 
 use crate::control::{HelperKind, TargetOutcome};
+use crate::disks::RefusedDisk;
 use crate::lists::ListsReport;
 use crate::report::{BytesByClass, CarriedReport, SaveReport};
 
@@ -82,6 +83,8 @@ pub struct Summary {
     pub lists: Option<ListsReport>,
     /// Why there were none.
     pub lists_problem: Option<String>,
+    /// Disks of the domain whose pages never go by reference.
+    pub disks_refused: Vec<RefusedDisk>,
     /// Pages that differed at the target; null when nothing was compared.
     pub verify_mismatches: Option<u64>,
     /// Pages that differed since they were written after the suspension, by backends or by Xen: nothing is lost by it.
@@ -111,6 +114,8 @@ pub struct Parts {
     pub save: Option<SaveReport>,
     /// The carrier's report.
     pub carried: Option<CarriedReport>,
+    /// Disks whose pages never go by reference.
+    pub disks_refused: Vec<RefusedDisk>,
     /// The target's report.
     pub target: Option<TargetOutcome>,
 }
@@ -118,7 +123,18 @@ pub struct Parts {
 impl Summary {
     /// Makes it.
     pub fn new(parts: Parts) -> Self {
-        let Parts { domain, helper, outcome, error, total_seconds, wire, save, carried, target } = parts;
+        let Parts {
+            domain,
+            helper,
+            outcome,
+            error,
+            total_seconds,
+            wire,
+            save,
+            carried,
+            disks_refused,
+            target,
+        } = parts;
         let passed = carried.and_then(|carried| carried.pages).filter(|_| helper == HelperKind::Stock);
         let save = save.as_ref();
         let saved = |number: fn(&SaveReport) -> u64| save.map(number);
@@ -147,6 +163,7 @@ impl Summary {
                 // The stock helper only logs, so nothing logged means something only if pages were sent to be compared.
                 None => passed.filter(|passed| passed.verified > 0).map(|_| target.mismatch_lines),
             }),
+            disks_refused,
             verify_late_writes: target
                 .as_ref()
                 .and_then(|target| target.restore.as_ref()?.verify_late_writes),
@@ -194,6 +211,9 @@ impl fmt::Display for Summary {
         } else if let Some(problem) = &self.lists_problem {
             row("no lists", problem.clone())?;
         }
+        for RefusedDisk { disk, reason } in &self.disks_refused {
+            row("disk not referenced", format!("{disk}: {reason}"))?;
+        }
         if let Some(mismatches) = self.verify_mismatches {
             row("compared", format!("{} pages, {mismatches} differ", count(self.pages_verified)))?;
             if let Some(late) = self.verify_late_writes.filter(|&late| late > 0) {
@@ -223,6 +243,7 @@ mod tests {
                 pages: Some(CarriedPages { sent: 9, verified: 0, rounds: 2 }),
                 ..CarriedReport::default()
             }),
+            disks_refused: Vec::new(),
             target: Some(TargetOutcome { restore: Some(restore), ..TargetOutcome::default() }),
         }
     }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use enlightenment::Vdev;
+
 use super::arguments::RestoreArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::{Callback, CallbackSet, Message};
@@ -10,15 +12,21 @@ use super::policy::Limits;
 use super::stream::LibraryEnd;
 use super::verify::VerifyWatch;
 use super::{HelperError, Libraries, complete, take_descriptor};
-use crate::engine::{Config, EngineError, LateWrites, TargetFilter, TargetParts};
+use crate::engine::{Config, DiskName, EngineError, LateWrites, TargetFilter, TargetParts};
 use crate::handoff::{Event, Order, Peer, Role};
 use crate::report::RestoreReport;
 use crate::xen::guest::{RestoreCallbacks, Restored};
 use crate::xen::logger::{Level, Sink};
 
 /// What a helper does that no command of ours has started: there is no side channel, and nothing is known of the source.
-const ALONE: Order =
-    Order { socket: false, references: false, wait_lists_seconds: 0, debug: false, limits: Limits::DEFAULT };
+const ALONE: Order = Order {
+    socket: false,
+    references: false,
+    wait_lists_seconds: 0,
+    debug: false,
+    own_disks: Vec::new(),
+    limits: Limits::DEFAULT,
+};
 
 /// How long a filter may take to end once the library has.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -63,11 +71,16 @@ fn restore(
     };
     let watch = Arc::new(VerifyWatch::new(channel.clone()));
     let libraries = Libraries::open(watch.clone() as Arc<dyn Sink>)?;
+    let own_disks = order
+        .own_disks
+        .iter()
+        .map(|disk| DiskName { vdev: Vdev(disk.vdev), path: disk.path.clone() })
+        .collect();
     let engine = TargetFilter::start(TargetParts {
         from_wire: wire,
         to_restore: filter_end,
         side,
-        config: Config::default(),
+        config: Config { own_disks: Some(own_disks), ..Config::default() },
     })?;
     let mut restorer = Restorer { channel: channel.clone(), callbacks: arguments.callbacks };
     let restored = libraries.guest.restore(

@@ -25,8 +25,14 @@ use crate::xenstore::Xenstore;
 
 /// What a helper does that no command of ours has started: it takes zero pages out of nothing, since there is no side channel,
 /// and is otherwise libxl's own.
-const ALONE: Order =
-    Order { socket: false, references: false, wait_lists_seconds: 0, debug: false, limits: Limits::DEFAULT };
+const ALONE: Order = Order {
+    socket: false,
+    references: false,
+    wait_lists_seconds: 0,
+    debug: false,
+    own_disks: Vec::new(),
+    limits: Limits::DEFAULT,
+};
 
 /// `XCFLAGS_DEBUG`: all pages are sent again at the end, and compared.
 const SAVE_DEBUG: u32 = 1 << 1;

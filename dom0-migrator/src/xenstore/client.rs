@@ -128,6 +128,16 @@ impl Xenstore {
         self.call("watch", Kind::Watch, path, &body).map(|_| ())
     }
 
+    /// Tells xenstored that a suspended domain goes on here, so that its next shutdown is noticed again (`xs_resume_domain`).
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub fn resume_domain(&mut self, domain: crate::xen::DomainId) -> Result<(), StoreError> {
+        let number = domain.to_string();
+        let body = payload(&[(number.as_bytes(), true)]);
+        self.call("resume", Kind::Resume, &number, &body).map(|_| ())
+    }
+
     /// Takes a message that has come, and says whether a watch has fired since the last time. Blocks when nothing has come and
     /// no watch has fired: poll the descriptor first.
     ///

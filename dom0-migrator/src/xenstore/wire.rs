@@ -19,6 +19,8 @@ pub enum Kind {
     Write = 11,
     /// A watch fired; sent by xenstored at any time.
     WatchEvent = 15,
+    /// A suspended domain goes on where it is.
+    Resume = 18,
     /// The request failed; the payload is the error's name.
     Error = 16,
 }

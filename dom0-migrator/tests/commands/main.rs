@@ -9,8 +9,9 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dom0_migrator::command::{EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MIGRATED, EXIT_NOT_BEGUN, EXIT_UNDEFINED};
@@ -20,6 +21,8 @@ use nix::unistd::Pid;
 /// A host: an xl and a xenstore of its own.
 struct Host {
     directory: tempfile::TempDir,
+    /// How it connects.
+    connecting: Vec<String>,
 }
 
 impl Host {
@@ -31,13 +34,18 @@ impl Host {
         fs::create_dir_all(directory.path().join("xs/local/domain/0")).unwrap();
         fs::write(directory.path().join("xs/local/domain/0/name"), "Domain-0").unwrap();
         xenstored::serve(&directory.path().join("xenstored"), &directory.path().join("xs"));
-        Self { directory }
+        Self { directory, connecting: vec!["--plain".into()] }
+    }
+
+    fn with_certificates(self, directory: &Path) -> Self {
+        Self { connecting: vec!["--certificates".into(), directory.display().to_string()], ..self }
     }
 
     fn with_domain(self, id: u32, name: &str) -> Self {
         let node = self.node(id);
         fs::create_dir_all(&node).unwrap();
         fs::write(node.join("name"), name).unwrap();
+        fs::write(node.join("state"), "running").unwrap();
         self
     }
 
@@ -62,22 +70,68 @@ impl Host {
             .env("PATH", format!("{}:{path}", directory.display()))
             .env("XENSTORED_PATH", directory.join("xenstored"))
             .env("XS", directory.join("xs"))
+            .env("POOLSKIP_MIGRATIONS", directory.join("migrations"))
             .env("FAULT", fault)
             .stderr(Stdio::piped());
         command
     }
 
+    /// The domain's state, by its name.
+    fn state(&self, name: &str) -> String {
+        let all = fs::read_dir(self.directory.path().join("xs/local/domain")).unwrap();
+        let found = all
+            .flatten()
+            .find(|entry| fs::read_to_string(entry.path().join("name")).is_ok_and(|found| found == name));
+        found.map_or("absent".into(), |entry| fs::read_to_string(entry.path().join("state")).unwrap())
+    }
+
+    /// Runs a command that ends by itself: its exit code and what it printed.
+    fn run(&self, arguments: &[&str]) -> (i32, String) {
+        let mut command = self.command("");
+        command.args(arguments);
+        if arguments[0] == "resolve" {
+            command.args(&self.connecting);
+        }
+        let output = command.output().unwrap();
+        (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    /// States of all records, `status` and `list` told.
+    fn records(&self, what: &str) -> Vec<(String, bool)> {
+        let (_, json) = self.run(&[what, "--json"]);
+        let shown: Vec<serde_json::Value> = serde_json::from_str(&json).unwrap();
+        shown.iter().map(|one| (one["state"].as_str().unwrap().into(), one["active"] == true)).collect()
+    }
+
     fn receive(&self, fault: &str, options: &[&str]) -> Receiver {
-        let address = free_address();
-        let mut child =
-            self.command(fault).args(["receive", "--listen", &address]).args(options).spawn().unwrap();
+        self.receive_at(free_address(), fault, options)
+    }
+
+    fn receive_at(&self, address: String, fault: &str, options: &[&str]) -> Receiver {
+        let mut child = self
+            .command(fault)
+            .args(["receive", "--listen", &address])
+            .args(&self.connecting)
+            .args(options)
+            .spawn()
+            .unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut line = String::new();
-        stderr.read_line(&mut line).unwrap();
-        assert!(line.contains("ready to receive"), "{line}");
+        while !line.contains("ready to receive") {
+            line.clear();
+            assert!(stderr.read_line(&mut line).unwrap() > 0, "receive has ended");
+        }
         // The rest is read, so that the pipe never fills.
-        std::thread::spawn(move || drain(stderr));
-        Receiver { child, address }
+        let said = Arc::new(Mutex::new(String::new()));
+        let hearing = said.clone();
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let mut said = hearing.lock().unwrap();
+                said.push_str(&line);
+                said.push('\n');
+            }
+        });
+        Receiver { child, address, said }
     }
 
     fn migrate(&self, fault: &str, domain: &str, address: &str) -> Ended {
@@ -88,13 +142,9 @@ impl Host {
         let json = self.directory.path().join("summary.json");
         let _ = fs::remove_file(&json);
         let mut command = self.command(fault);
-        command.args(["migrate", domain, address, "--stock", "--json"]).arg(&json);
+        command.args(["migrate", domain, address, "--stock"]).args(&self.connecting).arg("--json").arg(&json);
         Migrating { child: command.spawn().unwrap(), json }
     }
-}
-
-fn drain(mut stderr: BufReader<ChildStderr>) {
-    let _ = std::io::copy(&mut stderr, &mut std::io::sink());
 }
 
 fn free_address() -> String {
@@ -104,6 +154,7 @@ fn free_address() -> String {
 struct Receiver {
     child: Child,
     address: String,
+    said: Arc<Mutex<String>>,
 }
 
 impl Receiver {
@@ -116,6 +167,12 @@ impl Receiver {
             std::thread::sleep(Duration::from_millis(20));
         }
         panic!("receive did not end");
+    }
+
+    /// As SIGKILL does: nothing is cleaned up.
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 
     fn signal(&self, signal: Signal) {
@@ -136,6 +193,12 @@ struct Migrating {
 }
 
 impl Migrating {
+    /// As SIGKILL does: nothing is cleaned up.
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     fn wait(self) -> Ended {
         // A migration that hangs is ended, and then fails the test by its exit code.
         let pid = Pid::from_raw(self.child.id().cast_signed());
@@ -204,13 +267,6 @@ fn a_killed_receiver_of_xl_leaves_nothing_and_the_daemon_goes_on() {
 }
 
 #[test]
-fn a_link_that_breaks_in_the_last_handshake_is_told_as_such() {
-    let (source, target) = (Host::new().with_domain(3, "db1"), Host::new());
-    let receiver = target.receive("target-dies-late", &[]);
-    source.migrate("", "db1", &receiver.address).expect(EXIT_UNDEFINED, "undefined");
-}
-
-#[test]
 fn a_killed_xl_at_the_source_leaves_nothing_at_the_target() {
     let (source, target) = (Host::new().with_domain(3, "db1"), Host::new());
     let mut receiver = target.receive("", &["--once"]);
@@ -244,7 +300,8 @@ fn a_summary_that_cannot_be_written_is_said_before_anything_is_begun() {
     let (source, target) = (Host::new().with_domain(3, "db1"), Host::new());
     let receiver = target.receive("", &[]);
     let mut command = source.command("");
-    command.args(["migrate", "db1", &receiver.address, "--stock", "--json", "/nowhere/summary.json"]);
+    command.args(["migrate", "db1", &receiver.address, "--stock", "--plain"]);
+    command.args(["--json", "/nowhere/summary.json"]);
     let output = command.output().unwrap();
     assert_eq!(output.status.code(), Some(i32::from(EXIT_NOT_BEGUN)));
     assert_eq!((source.domains(), target.domains()), (vec!["db1".to_owned()], vec![]));
@@ -283,4 +340,280 @@ fn has_children(pid: u32) -> bool {
             fs::read_to_string(task.path().join("children")).is_ok_and(|children| !children.trim().is_empty())
         })
     })
+}
+
+/// A pair of hosts with db1 running on the first.
+fn pair() -> (Host, Host) {
+    (Host::new().with_domain(3, "db1"), Host::new())
+}
+
+/// db1 runs on one of them alone, and nothing else is anywhere.
+fn runs_only_at(there: &Host, not_there: &Host) {
+    assert_eq!((there.domains(), not_there.domains()), (vec!["db1".to_owned()], vec![]));
+    assert_eq!(there.state("db1"), "running");
+}
+
+#[test]
+fn an_xl_that_dies_before_the_hand_over_leaves_the_domain_running_here() {
+    for fault in ["source-dies", "source-dies-suspended", "source-dies-before-go"] {
+        let (source, target) = pair();
+        let receiver = target.receive("", &[]);
+        source.migrate(fault, "db1", &receiver.address).expect(EXIT_FAILED, "failed");
+        runs_only_at(&source, &target);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+        runs_only_at(&target, &source);
+    }
+}
+
+#[test]
+fn an_xl_that_dies_after_permission_is_done_without() {
+    let (source, target) = pair();
+    let receiver = target.receive("", &[]);
+    source.migrate("source-dies-after-go", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+    runs_only_at(&target, &source);
+}
+
+#[test]
+fn a_target_that_does_not_start_it_gives_it_back_and_the_next_attempt_works() {
+    for fault in ["target-dies", "target-cannot-start", "target-says-nonsense"] {
+        let (source, target) = pair();
+        let mut receiver = target.receive(fault, &["--once"]);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_FAILED, "failed");
+        assert_eq!(receiver.exit(), Some(i32::from(EXIT_FAILED)), "{fault}");
+        runs_only_at(&source, &target);
+        let receiver = target.receive("", &[]);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+        runs_only_at(&target, &source);
+    }
+}
+
+/// The permission and the news of xl's end may arrive in either order; both ends are right, and the exit code tells which it is.
+#[test]
+fn an_xl_that_dies_when_all_has_come_loses_nothing() {
+    let (source, target) = pair();
+    let receiver = target.receive("target-dies-ready", &[]);
+    let ended = source.migrate("", "db1", &receiver.address);
+    match ended.code.try_into() {
+        Ok(EXIT_MIGRATED) => runs_only_at(&target, &source),
+        Ok(EXIT_FAILED) => runs_only_at(&source, &target),
+        _ => panic!("{}\n{:#}", ended.stderr, ended.summary),
+    }
+}
+
+#[test]
+fn an_xl_that_dies_at_the_target_with_permission_is_done_without() {
+    for fault in ["target-dies-go", "target-dies-started"] {
+        let (source, target) = pair();
+        let receiver = target.receive(fault, &[]);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+        runs_only_at(&target, &source);
+    }
+}
+
+#[test]
+fn a_receiver_killed_in_the_hand_over_and_begun_again_finishes_it() {
+    let (source, target) = pair();
+    let mut receiver = target.receive("target-holds-go", &[]);
+    let migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("the hand-over", || target.records("status") == [("accepted".into(), true)]);
+    receiver.kill();
+    assert_eq!(source.state("db1--migratedaway"), "suspended");
+    // The source asks again until somebody answers.
+    let _again = target.receive_at(receiver.address.clone(), "", &[]);
+    migrating.wait().expect(EXIT_MIGRATED, "migrated");
+    runs_only_at(&target, &source);
+}
+
+#[test]
+fn a_receiver_killed_before_the_hand_over_leaves_nothing_that_the_next_does_not_remove() {
+    let (source, target) = pair();
+    let mut receiver = target.receive("target-holds-ready", &[]);
+    let migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("all memory", || {
+        source.state("db1") == "suspended" && target.state("db1--incoming") == "paused"
+    });
+    receiver.kill();
+    migrating.wait().expect(EXIT_FAILED, "failed");
+    assert_eq!(source.state("db1"), "running");
+    let receiver = target.receive("", &[]);
+    runs_only_at(&source, &target);
+    source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+    runs_only_at(&target, &source);
+}
+
+#[test]
+fn a_sender_killed_in_the_hand_over_is_in_doubt_until_the_target_is_asked() {
+    let (source, target) = pair();
+    let mut receiver = target.receive("target-holds-go", &[]);
+    let mut migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("the hand-over", || target.records("status") == [("accepted".into(), true)]);
+    migrating.kill();
+    receiver.kill();
+    assert_eq!(source.records("status"), [("given".into(), false)]);
+    // The target cannot be reached: it stays where it is, and says where.
+    let (code, said) = source.run(&["resolve"]);
+    assert_eq!(code, i32::from(EXIT_UNDEFINED), "{said}");
+    assert!(said.contains("db1--migratedaway stands suspended on this host"), "{said}");
+    assert_eq!(source.state("db1--migratedaway"), "suspended");
+    // A new migration would have to resolve it first, and cannot either.
+    assert_eq!(source.migrate("", "db1", &receiver.address).code, i32::from(EXIT_NOT_BEGUN));
+    // It has moved to another port meanwhile.
+    let again = target.receive("", &[]);
+    assert_eq!(target.state("db1"), "running");
+    let (code, said) = source.run(&["resolve", "db1", "--peer", &again.address]);
+    assert_eq!((code, said.contains("runs at the target")), (0, true), "{said}");
+    runs_only_at(&target, &source);
+    assert_eq!(source.records("list"), [("removed".into(), false)]);
+    assert!(source.records("status").is_empty());
+}
+
+#[test]
+fn a_sender_killed_before_the_hand_over_is_taken_back() {
+    let (source, target) = pair();
+    let receiver = target.receive("target-holds-ready", &[]);
+    let mut migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("all memory", || {
+        source.state("db1") == "suspended" && target.state("db1--incoming") == "paused"
+    });
+    migrating.kill();
+    let (code, said) = source.run(&["resolve", "db1"]);
+    assert_eq!((code, said.contains("runs on this host")), (0, true), "{said}");
+    wait_until("the target's end", || target.domains().is_empty());
+    runs_only_at(&source, &target);
+    assert_eq!(target.records("list"), [("removed".into(), false)]);
+    assert_eq!(source.run(&["resolve"]).1.trim(), "nothing to resolve here");
+}
+
+#[test]
+fn the_target_decides_against_what_it_was_not_given() {
+    let (source, target) = pair();
+    let mut receiver = target.receive("target-holds-ready", &[]);
+    let mut migrating = source.start_migrate("", "db1", &receiver.address);
+    wait_until("all memory", || target.state("db1--incoming") == "paused");
+    migrating.kill();
+    receiver.kill();
+    let (code, said) = target.run(&["resolve"]);
+    assert_eq!((code, said.contains("does not run on this host")), (0, true), "{said}");
+    assert_eq!(source.run(&["resolve"]).0, 0);
+    runs_only_at(&source, &target);
+}
+
+#[test]
+fn a_migration_is_cancelled_from_either_side() {
+    for from_source in [true, false] {
+        let (source, target) = pair();
+        let receiver = target.receive("target-mute", &[]);
+        let migrating = source.start_migrate("", "db1", &receiver.address);
+        wait_until("the migration", || {
+            source.records("status") == [("sending".into(), true)] && has_children(receiver.child.id())
+        });
+        let (code, outcome) =
+            if from_source { (EXIT_INTERRUPTED, "interrupted") } else { (EXIT_FAILED, "failed") };
+        let host = if from_source { &source } else { &target };
+        assert_eq!(host.run(&["cancel", "db1"]).0, 0);
+        migrating.wait().expect(code, outcome);
+        wait_until("the target's end", || target.records("status").is_empty());
+        runs_only_at(&source, &target);
+        assert_eq!(host.run(&["cancel", "db1"]).0, i32::from(EXIT_FAILED));
+    }
+}
+
+/// Directories of certificates for this machine's address, signed by an authority of their own.
+fn certificates() -> (tempfile::TempDir, PathBuf) {
+    let directory = tempfile::tempdir().unwrap();
+    let out = directory.path().to_str().unwrap().to_owned();
+    let (code, said) = Host::new().run(&["certificates", "make", "--out", &out, "127.0.0.1", "host-b"]);
+    assert_eq!(code, 0, "{said}");
+    let own = directory.path().join("127.0.0.1");
+    (directory, own)
+}
+
+#[test]
+fn hosts_with_certificates_of_one_authority_know_each_other() {
+    let (all, own) = certificates();
+    let source = Host::new().with_domain(3, "db1").with_certificates(&all.path().join("host-b"));
+    let target = Host::new().with_certificates(&own);
+    let mut receiver = target.receive("", &["--once"]);
+    let ended = source.migrate("", "db1", &receiver.address);
+    assert_eq!(ended.code, 0, "{}\nreceiver:\n{}", ended.stderr, receiver.said.lock().unwrap());
+    // Some more bytes than without: records have headers, and a handshake has certificates.
+    assert!(
+        (1_001_000..1_100_000).contains(&ended.summary["wire_bytes"].as_u64().unwrap()),
+        "{:#}",
+        ended.summary
+    );
+    assert_eq!(receiver.exit(), Some(i32::from(EXIT_MIGRATED)));
+    runs_only_at(&target, &source);
+    let key = fs::metadata(all.path().join("authority-key.pem")).unwrap();
+    assert_eq!(key.permissions().mode() & 0o777, 0o600);
+}
+
+#[test]
+fn strangers_are_refused_and_named_in_one_line() {
+    let (all, own) = certificates();
+    let (_other, foreign) = certificates();
+    let target = Host::new().with_certificates(&own);
+    let receiver = target.receive("", &[]);
+    // Another authority's certificate; none at all; a target whose certificate has another name.
+    for source in [Host::new().with_certificates(&foreign), Host::new()] {
+        let source = source.with_domain(3, "db1");
+        let before = receiver.said.lock().unwrap().lines().count();
+        let ended = source.migrate("", "db1", &receiver.address);
+        assert_eq!(ended.code, i32::from(EXIT_NOT_BEGUN), "{}", ended.stderr);
+        wait_until("the line", || receiver.said.lock().unwrap().lines().count() > before);
+        let said = receiver.said.lock().unwrap().clone();
+        let lines: Vec<&str> = said.lines().skip(before).collect();
+        assert!(lines.len() == 1 && lines[0].contains("refused"), "{lines:?}");
+        assert_eq!(source.domains(), ["db1"]);
+    }
+    let misnamed = Host::new().with_certificates(&all.path().join("host-b"));
+    let receiver = misnamed.receive("", &[]);
+    let source = Host::new().with_domain(3, "db1").with_certificates(&own);
+    let ended = source.migrate("", "db1", &receiver.address);
+    assert_eq!(ended.code, i32::from(EXIT_NOT_BEGUN));
+    assert!(ended.stderr.contains("not valid for name"), "{}", ended.stderr);
+    // And without certificates nothing begins that was not told to be plain.
+    let bare = Host::new().with_domain(3, "db1").with_certificates(Path::new("/nowhere"));
+    let ended = bare.migrate("", "db1", &receiver.address);
+    assert!(ended.code == i32::from(EXIT_NOT_BEGUN) && ended.stderr.contains("--plain"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_peer_that_says_nothing_or_nonsense_holds_nobody_up() {
+    let (source, target) = pair();
+    let receiver = target.receive("", &[]);
+    let silent: Vec<_> = (0..8).map(|_| std::net::TcpStream::connect(&receiver.address).unwrap()).collect();
+    let mut garbage = std::net::TcpStream::connect(&receiver.address).unwrap();
+    std::io::Write::write_all(&mut garbage, &[0x16; 4096]).unwrap();
+    source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+    runs_only_at(&target, &source);
+    drop(silent);
+}
+
+#[test]
+fn a_limited_migration_comes_as_it_is() {
+    for secure in [false, true] {
+        let (_all, own) = certificates();
+        let (mut source, mut target) = pair();
+        if secure {
+            (source, target) = (source.with_certificates(&own), target.with_certificates(&own));
+        }
+        let receiver = target.receive("", &[]);
+        source.connecting.extend(["--bandwidth".into(), "2M".into()]);
+        source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+        runs_only_at(&target, &source);
+    }
+}
+
+/// This machine has no Xen whose libraries could be loaded, so no host here can run the helper.
+#[test]
+fn where_the_helper_cannot_run_libxls_own_does_and_it_is_said() {
+    let (source, target) = pair();
+    let receiver = target.receive("", &[]);
+    let mut command = source.command("");
+    let output = command.args(["migrate", "db1", &receiver.address, "--plain"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(said.contains("a plain migration with libxl's own helper follows: "), "{said}");
+    runs_only_at(&target, &source);
 }

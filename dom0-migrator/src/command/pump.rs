@@ -1,0 +1,325 @@
+//! Between a TCP connection and the socket that the rest of the program, or a helper, reads and writes: TLS, and a limit on the
+//! rate. One thread for each connection, with bounded buffers.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rustls::Connection;
+
+/// Bytes of one step.
+const STEP: usize = 128 * 1024;
+/// Bytes on their way to the near side at most, before no more is read.
+const WAITING_MAX: usize = 256 * 1024;
+/// How often a limited pump looks whether it may send again.
+const LIMITED: u16 = 5;
+
+/// Pumps that still have something to pass on.
+static RUNNING: AtomicUsize = AtomicUsize::new(0);
+
+/// Waits until everything is passed on and every connection closed, not for long: the peer may not close its own.
+pub fn drain(patience: Duration) {
+    let until = Instant::now() + patience;
+    while RUNNING.load(Ordering::Acquire) > 0 && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Bytes per second that all connections of a migration may send together.
+#[derive(Debug)]
+pub struct Bandwidth {
+    per_second: u64,
+    level: Mutex<(u64, Instant)>,
+}
+
+impl Bandwidth {
+    /// That many; at least one.
+    pub fn new(per_second: u64) -> Self {
+        Self { per_second: per_second.max(1), level: Mutex::new((0, Instant::now())) }
+    }
+
+    /// Takes up to `wanted` bytes, 0 when there are none now. What is not used within a tenth of a second is lost.
+    fn take(&self, wanted: usize) -> usize {
+        self.take_at(wanted, Instant::now())
+    }
+
+    fn take_at(&self, wanted: usize, now: Instant) -> usize {
+        let mut level = self.level.lock().unwrap_or_else(PoisonError::into_inner);
+        let (available, since) = *level;
+        let came = u128::from(self.per_second) * now.saturating_duration_since(since).as_micros() / 1_000_000;
+        let came = u64::try_from(came).unwrap_or(u64::MAX);
+        let most = (self.per_second / 10).max(1);
+        let available = available.saturating_add(came).min(most);
+        let taken = available.min(wanted as u64);
+        // A moment in which not even a byte came is not forgotten.
+        *level = (available - taken, if came > 0 { now } else { since });
+        usize::try_from(taken).unwrap_or(wanted)
+    }
+}
+
+/// What stands in the connection.
+#[derive(Debug)]
+enum Layer {
+    Tls(Box<Connection>),
+    Plain { out: Vec<u8> },
+}
+
+impl Layer {
+    fn wants_write(&self) -> bool {
+        match self {
+            Self::Tls(tls) => tls.wants_write(),
+            Self::Plain { out } => !out.is_empty(),
+        }
+    }
+
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Tls(tls) => tls.writer().write_all(bytes),
+            Self::Plain { out } => {
+                out.extend_from_slice(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    fn end(&mut self) {
+        if let Self::Tls(tls) = self {
+            tls.send_close_notify();
+        }
+    }
+
+    fn flush(&mut self, mut tcp: &TcpStream) -> io::Result<()> {
+        match self {
+            Self::Tls(tls) => tls.write_tls(&mut tcp).map(drop),
+            Self::Plain { out } => {
+                let written = tcp.write(out)?;
+                out.drain(..written);
+                Ok(())
+            }
+        }
+    }
+
+    /// Reads what is there; whether the peer has ended its side, in order.
+    fn receive(&mut self, mut tcp: &TcpStream, into: &mut Vec<u8>, buffer: &mut [u8]) -> io::Result<bool> {
+        let Self::Tls(tls) = self else {
+            let length = tcp.read(buffer)?;
+            into.extend_from_slice(buffer.get(..length).unwrap_or_default());
+            return Ok(length == 0);
+        };
+        let cut = tls.read_tls(&mut tcp)? == 0;
+        let ended = Self::decrypt(tls, into, buffer)?;
+        // An end without a farewell may be anybody's doing.
+        if cut && !ended { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok(ended) }
+    }
+
+    /// What came together with the end of the handshake.
+    fn received_already(&mut self, into: &mut Vec<u8>, buffer: &mut [u8]) -> io::Result<bool> {
+        match self {
+            Self::Tls(tls) => Self::decrypt(tls, into, buffer),
+            Self::Plain { .. } => Ok(false),
+        }
+    }
+
+    fn decrypt(tls: &mut Connection, into: &mut Vec<u8>, buffer: &mut [u8]) -> io::Result<bool> {
+        let state =
+            tls.process_new_packets().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        let mut left = state.plaintext_bytes_to_read();
+        while left > 0 {
+            let length = tls.reader().read(buffer)?;
+            into.extend_from_slice(buffer.get(..length).unwrap_or_default());
+            left = left.saturating_sub(length.max(1));
+        }
+        Ok(state.peer_has_closed())
+    }
+}
+
+/// Begins to pass on between a TCP connection and a new socket, which is returned. `tls` is a connection whose handshake is done.
+///
+/// # Errors
+/// When there is no socket or no thread to be had.
+pub fn start(
+    tcp: &TcpStream,
+    tls: Option<Connection>,
+    bandwidth: Option<Arc<Bandwidth>>,
+) -> io::Result<UnixStream> {
+    let (near, far) = UnixStream::pair()?;
+    let tcp = tcp.try_clone()?;
+    // The flag belongs to the connection, so to every copy of its descriptor; nobody but the pump reads or writes it now.
+    tcp.set_nonblocking(true)?;
+    near.set_nonblocking(true)?;
+    let layer = match tls {
+        Some(mut tls) => {
+            tls.set_buffer_limit(None);
+            Layer::Tls(Box::new(tls))
+        }
+        None => Layer::Plain { out: Vec::new() },
+    };
+    RUNNING.fetch_add(1, Ordering::AcqRel);
+    let spawned = std::thread::Builder::new().name("pump".into()).spawn(move || {
+        if let Err(error) = pass(&tcp, &near, layer, bandwidth.as_deref()) {
+            tracing::debug!(%error, "a connection ended");
+        }
+        let _ = tcp.shutdown(Shutdown::Both);
+        let _ = near.shutdown(Shutdown::Both);
+        RUNNING.fetch_sub(1, Ordering::AcqRel);
+    });
+    if let Err(error) = spawned {
+        RUNNING.fetch_sub(1, Ordering::AcqRel);
+        return Err(error);
+    }
+    Ok(far)
+}
+
+/// What of an attempt that may have had nothing to do.
+fn tried(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
+            Ok(())
+        }
+        other => other,
+    }
+}
+
+fn pass(
+    tcp: &TcpStream,
+    mut near: &UnixStream,
+    mut layer: Layer,
+    bandwidth: Option<&Bandwidth>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; STEP];
+    let mut waiting: Vec<u8> = Vec::new();
+    // What the near side sends, and what the peer sends: whether each has ended, and whether the other was told.
+    let (mut near_ended, mut peer_ended, mut told_peer, mut told_near) = (false, false, false, false);
+    peer_ended |= layer.received_already(&mut waiting, &mut buffer)?;
+    // Bytes that may be sent before the limit is asked again.
+    let mut allowance = 0;
+    loop {
+        if near_ended && !told_peer && !layer.wants_write() {
+            tcp.shutdown(Shutdown::Write)?;
+            told_peer = true;
+        }
+        if peer_ended && !told_near && waiting.is_empty() {
+            let _ = near.shutdown(Shutdown::Write);
+            told_near = true;
+        }
+        if told_peer && told_near {
+            return Ok(());
+        }
+        let may_read = !near_ended && !layer.wants_write();
+        if may_read && allowance == 0 {
+            allowance = bandwidth.map_or(STEP, |bandwidth| bandwidth.take(STEP));
+        }
+        let when = |wanted: bool, flag| if wanted { flag } else { PollFlags::empty() };
+        let of_tcp = when(!peer_ended && waiting.len() < WAITING_MAX, PollFlags::POLLIN)
+            | when(layer.wants_write(), PollFlags::POLLOUT);
+        let of_near = when(may_read && allowance > 0, PollFlags::POLLIN)
+            | when(!waiting.is_empty(), PollFlags::POLLOUT);
+        let mut fds = [PollFd::new(tcp.as_fd(), of_tcp), PollFd::new(near.as_fd(), of_near)];
+        let held_back = may_read && allowance == 0;
+        let timeout = if held_back { PollTimeout::from(LIMITED) } else { PollTimeout::NONE };
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let seen = |fd: &PollFd<'_>, flag| fd.revents().is_some_and(|flags| flags.intersects(flag));
+        let broken = PollFlags::POLLERR | PollFlags::POLLHUP;
+        let (tcp_in, tcp_out) =
+            (seen(&fds[0], PollFlags::POLLIN | broken), seen(&fds[0], PollFlags::POLLOUT | broken));
+        let (near_in, near_out) =
+            (seen(&fds[1], PollFlags::POLLIN | broken), seen(&fds[1], PollFlags::POLLOUT | broken));
+        let seen_hang_up = seen(&fds[0], broken);
+        let mut idle = true;
+        if tcp_out && layer.wants_write() {
+            idle = false;
+            tried(layer.flush(tcp))?;
+        }
+        if tcp_in && !peer_ended && waiting.len() < WAITING_MAX {
+            idle = false;
+            match layer.receive(tcp, &mut waiting, &mut buffer) {
+                Ok(ended) => peer_ended = ended,
+                other => tried(other.map(drop))?,
+            }
+        }
+        if near_out && !waiting.is_empty() {
+            idle = false;
+            match near.write(&waiting) {
+                Ok(written) => drop(waiting.drain(..written)),
+                other => tried(other.map(drop))?,
+            }
+        }
+        if near_in && may_read && allowance > 0 {
+            idle = false;
+            let most = allowance.min(buffer.len());
+            match near.read(buffer.get_mut(..most).unwrap_or_default()) {
+                Ok(0) => {
+                    near_ended = true;
+                    layer.end();
+                }
+                Ok(length) => {
+                    allowance -= length;
+                    layer.send(buffer.get(..length).unwrap_or_default())?;
+                    tried(layer.flush(tcp))?;
+                }
+                other => tried(other.map(drop))?,
+            }
+        }
+        if idle && (tcp_in || near_in) {
+            // A hang-up, which poll reports without being asked. The peer's, when there is still something to be told to it, is
+            // the end; the near side's waits for what is on its way.
+            if seen_hang_up && !told_peer && peer_ended {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+            std::thread::sleep(Duration::from_millis(u64::from(LIMITED)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    #[test]
+    fn a_limited_connection_passes_everything_both_ways_and_ends() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        let bandwidth = Arc::new(Bandwidth::new(10_000_000));
+        let mut socket = start(&near, None, Some(bandwidth)).unwrap();
+        let sent: Vec<u8> = (0..1_000_000_u32).map(|i| (i / 5) as u8).collect();
+        let expected = sent.clone();
+        let mut writer = socket.try_clone().unwrap();
+        let writing = std::thread::spawn(move || {
+            writer.write_all(&sent).unwrap();
+            writer.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut arrived = Vec::new();
+        far.read_to_end(&mut arrived).unwrap();
+        assert!(arrived == expected);
+        far.write_all(b"answer").unwrap();
+        drop(far);
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer).unwrap();
+        assert_eq!(answer, "answer");
+        writing.join().unwrap();
+    }
+
+    #[test]
+    fn no_more_is_taken_than_the_limit_gives() {
+        let bandwidth = Bandwidth::new(1_000_000);
+        let begun = Instant::now();
+        let mut taken = 0;
+        // Asked every 7 microseconds for ten seconds, and then after a long pause.
+        let steps = 10_000_000 / 7;
+        for step in 0..steps {
+            taken += bandwidth.take_at(STEP, begun + Duration::from_micros(7 * step));
+        }
+        assert!((9_990_000..=10_000_000).contains(&taken), "{taken}");
+        assert_eq!(bandwidth.take_at(1_000_000, begun + Duration::from_secs(60)), 100_000);
+    }
+}
