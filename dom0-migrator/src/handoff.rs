@@ -25,14 +25,19 @@ use nix::sys::socket::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::parcel;
 use crate::report::{CarriedReport, RestoreReport, SaveReport};
+use crate::timeline::{Mark, SourceSample};
 use crate::xen::DomainId;
 
 /// Environment variable with the socket's path.
 pub const ENVIRONMENT: &str = "POOLSKIP_HANDOFF";
 
-/// Longest message in bytes: a report is a few kilobytes.
+/// Longest message in a packet, in bytes; what is longer travels as a [`parcel`].
 const MESSAGE_MAX: usize = 128 * 1024;
+
+/// The packet that comes with a parcel.
+const PARCEL: &[u8] = b"parcel";
 
 /// Who connects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +88,10 @@ pub enum Event {
     },
     /// Something to be shown while it works.
     Phase(String),
+    /// The source's counters, about once a second.
+    Sampled(SourceSample),
+    /// Something happened at the source.
+    Marked(Mark),
     /// The source's helper is done.
     Saved(Box<SaveReport>),
     /// The target's helper is done.
@@ -215,7 +224,12 @@ impl Peer {
     /// # Errors
     /// [`HandoffError`] when the command is gone.
     pub fn tell(&self, event: &Event) -> Result<(), HandoffError> {
-        self.send(&serde_json::to_vec(event)?, None)
+        let bytes = serde_json::to_vec(event)?;
+        if bytes.len() <= MESSAGE_MAX {
+            return self.send(&bytes, None);
+        }
+        let file = parcel::pack(&bytes).map_err(|source| HandoffError::Io { what: "pack", source })?;
+        self.send(PARCEL, Some(file.as_raw_fd()))
     }
 
     /// Gives an order, with its socket.
@@ -232,6 +246,11 @@ impl Peer {
     /// [`HandoffError`] for a message that cannot be understood.
     pub fn hear(&self) -> Result<Option<Event>, HandoffError> {
         Ok(match self.receive()? {
+            Some((bytes, Some(file))) if bytes == PARCEL => {
+                let bytes = parcel::unpack(file);
+                let bytes = bytes.map_err(|source| HandoffError::Io { what: "unpack", source })?;
+                Some(serde_json::from_slice(&bytes)?)
+            }
             Some((bytes, _)) => Some(serde_json::from_slice(&bytes)?),
             None => None,
         })
@@ -313,6 +332,18 @@ mod tests {
         assert_eq!(peer.hear().unwrap(), Some(Event::Phase("done".into())));
         assert_eq!(peer.hear().unwrap(), None);
         assert_eq!(helper.join().unwrap(), order);
+    }
+
+    #[test]
+    fn a_report_of_any_length_arrives() {
+        let listener = Listener::bind().unwrap();
+        let said = Event::Phase("long ".repeat(200_000));
+        std::thread::scope(|scope| {
+            scope.spawn(|| Peer::connect(listener.path()).unwrap().tell(&said).unwrap());
+            let peer = listener.accept().unwrap();
+            assert_eq!(peer.hear().unwrap().as_ref(), Some(&said));
+            assert_eq!(peer.hear().unwrap(), None);
+        });
     }
 
     #[test]

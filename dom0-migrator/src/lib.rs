@@ -7,6 +7,7 @@
 //! * [`lists`], [`disks`]: what the guest tells of its pages, and where the domain's disks are;
 //! * [`command`]: `migrate` and `receive`, which run `xl` with this program as its helper; [`control`] is what they say to
 //!   each other, [`handoff`] what they say to the helpers, [`report`] what comes of it;
+//! * [`timeline`], [`memory_map`]: what is seen of a migration from second to second and page by page;
 //! * [`xen`], [`xenstore`]: Xen's libraries and its tree of values.
 
 pub mod command;
@@ -15,7 +16,12 @@ pub mod disks;
 pub mod engine;
 pub mod handoff;
 pub mod helper;
+pub mod html;
 pub mod lists;
+pub mod memory_map;
+pub mod parcel;
 pub mod report;
+pub mod report_file;
+pub mod timeline;
 pub mod xen;
 pub mod xenstore;

@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine;
 use crate::lists::ListsReport;
+use crate::memory_map::MemoryMap;
+use crate::timeline::TargetSample;
 
 /// Bytes of the memory stream by what they were, as the source's filter counted them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +55,9 @@ pub struct SaveReport {
     pub lists_problem: Option<String>,
     /// All counters of the filter.
     pub engine: serde_json::Value,
+    /// How each page travelled the last time.
+    #[serde(default)]
+    pub memory: Option<MemoryMap>,
 }
 
 impl SaveReport {
@@ -76,6 +81,7 @@ impl SaveReport {
         };
         self.side_channel = summary.poolskip;
         self.engine = serde_json::to_value(summary).unwrap_or_default();
+        self.memory = MemoryMap::of(&summary.travel);
     }
 }
 
@@ -94,6 +100,9 @@ pub struct RestoreReport {
     pub verify_mismatches: Option<u64>,
     /// All counters of the filter.
     pub engine: serde_json::Value,
+    /// What it did from second to second.
+    #[serde(default)]
+    pub timeline: Vec<TargetSample>,
 }
 
 /// What went through the carrier of xl's stream.

@@ -18,7 +18,8 @@ use nix::unistd::Pid;
 
 use super::child::{self, Xl};
 use super::domain::{self, Domain, DomainError};
-use super::progress::Progress;
+use super::observer::{self, Observed, Observer};
+use super::progress::{Progress, show_summary};
 use super::summary::{Outcome, Parts, Summary, WireBytes};
 use super::{
     EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MIGRATED, EXIT_NOT_BEGUN, EXIT_UNDEFINED, Migrate, connection,
@@ -88,9 +89,10 @@ pub fn run(options: &Migrate) -> u8 {
     };
     let migrated = on_signal.map_err(system("signals")).and_then(|()| migrate(options, &tell, &happenings));
     match migrated {
-        Ok(summary) => {
-            print!("{summary}");
+        Ok((summary, observed)) => {
+            show_summary(options.progress, &summary);
             write_json(json, &summary);
+            observer::write_report(&observed.report(options, &summary), options.report.as_deref());
             match summary.outcome {
                 Outcome::Migrated => EXIT_MIGRATED,
                 Outcome::Failed => EXIT_FAILED,
@@ -124,7 +126,7 @@ fn migrate(
     options: &Migrate,
     tell: &Sender<Happening>,
     happenings: &Receiver<Happening>,
-) -> Result<Summary, MigrateError> {
+) -> Result<(Summary, Observed), MigrateError> {
     let domain = domain::find(&mut Xenstore::open()?, &options.domain)?;
     let helper = if options.stock { HelperKind::Stock } else { HelperKind::Poolskip };
     let started = Instant::now();
@@ -137,27 +139,31 @@ fn migrate(
         debug: options.debug,
     };
     serve(&listener, &link, order, tell).map_err(system("handoff"))?;
-    let progress = Progress::new(&domain.name, &options.target);
+    let observer = Observer::new(started, Progress::new(options.progress, &domain.name, &options.target));
     let xl = start_xl(options, &domain, helper, &listener, tell).map_err(system("xl migrate"))?;
-    let mut run = Run { xl, helper, progress, link: &link, seen: Seen::default() };
+    let mut run = Run { xl, helper, observer, link: &link, seen: Seen::default() };
     let status = run.watch(happenings);
     let total_seconds = started.elapsed().as_secs_f64();
     run.end_orphan(status);
     run.collect(happenings);
     let said = run.xl.said();
-    run.progress.finish();
-    let Seen { saved, carried, interrupted, .. } = run.seen;
+    let mut observed = run.observer.finish(link.carried().total());
+    let Seen { mut saved, carried, interrupted, .. } = run.seen;
     listener.close();
     let wire_before_end = link.carried();
     link.hang_up(status.is_some_and(|status| status.success()));
-    let target = link.outcome();
+    let mut target = link.outcome();
+    observed.memory = saved.as_mut().and_then(|saved| saved.memory.take());
+    if let Ok(TargetOutcome { restore: Some(restore), .. }) = &mut target {
+        observed.target = std::mem::take(&mut restore.timeline);
+    }
     let (outcome, error) = judge(status, interrupted, &said, saved.as_ref(), target.as_ref());
     if outcome != Outcome::Migrated {
         clean_up(&domain, helper, saved.is_some());
     }
     let wire =
         WireBytes { control: connection::carried(&link.control).map_or(0, |c| c.total()), ..wire_before_end };
-    Ok(Summary::new(Parts {
+    let summary = Summary::new(Parts {
         domain: domain.name,
         helper,
         outcome,
@@ -167,7 +173,8 @@ fn migrate(
         save: saved,
         carried,
         target: target.ok(),
-    }))
+    });
+    Ok((summary, observed))
 }
 
 fn start_xl(
@@ -315,7 +322,7 @@ struct Seen {
 struct Run<'a> {
     xl: Xl,
     helper: HelperKind,
-    progress: Progress,
+    observer: Observer,
     link: &'a Link,
     seen: Seen,
 }
@@ -329,6 +336,8 @@ impl Run<'_> {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => std::thread::sleep(TICK),
             }
+            let link = self.link;
+            self.observer.tick(|| link.carried().total());
             match self.xl.try_wait() {
                 Ok(None) => {}
                 Ok(Some(status)) => return Some(status),
@@ -368,13 +377,18 @@ impl Run<'_> {
 
     fn handle(&mut self, happening: Happening) {
         match happening {
-            Happening::Heard(Event::Hello { role: Role::Save, pid, .. }) => self.seen.save_helper = Some(pid),
+            Happening::Heard(Event::Hello { role: Role::Save, pid, .. }) => {
+                self.seen.save_helper = Some(pid);
+                self.observer.helper_began();
+            }
             Happening::Heard(Event::Hello { role: Role::Carrier, .. }) => self.seen.carrier = true,
             Happening::Heard(Event::Hello { .. } | Event::Restored(_)) => {}
             Happening::Heard(Event::Progress { round, done, total }) => {
-                self.progress.pass(round, done, total);
+                self.observer.passed(round, done, total);
             }
-            Happening::Heard(Event::Phase(phase)) => self.progress.phase(&phase),
+            Happening::Heard(Event::Sampled(sample)) => self.observer.sampled(sample),
+            Happening::Heard(Event::Marked(mark)) => self.observer.marked(mark),
+            Happening::Heard(Event::Phase(phase)) => self.observer.progress.phase(&phase),
             Happening::Heard(Event::Saved(report)) => self.seen.saved = Some(*report),
             Happening::Heard(Event::Carried(report)) => self.seen.carried = Some(report),
             Happening::Gone(Role::Save) => {
@@ -389,14 +403,14 @@ impl Run<'_> {
             Happening::Gone(Role::Restore) => {}
             Happening::Line(line) => {
                 self.seen.saving |= line.starts_with("Saving to migration stream");
-                self.progress.line(&line);
+                self.observer.line(&line);
             }
             Happening::Signal(signal) if self.seen.saved.is_some() => {
-                self.progress.line(&format!("{signal}: too late, all memory is sent; a few seconds more"));
+                self.observer.line(&format!("{signal}: too late, all memory is sent; a few seconds more"));
             }
             Happening::Signal(signal) => {
                 self.seen.interrupted = true;
-                self.progress.line(&format!("{signal}: giving up, the domain stays here"));
+                self.observer.line(&format!("{signal}: giving up, the domain stays here"));
             }
         }
     }

@@ -6,11 +6,16 @@ mod connection;
 mod domain;
 mod follow;
 mod migrate;
+mod observer;
 mod progress;
 mod receive;
+mod remaining;
+mod report;
 mod signals;
 mod summary;
 
+pub use progress::Form as ProgressForm;
+pub use report::Report;
 pub use summary::{Outcome, Summary};
 
 use std::net::SocketAddr;
@@ -44,6 +49,8 @@ pub enum Command {
     Migrate(Migrate),
     /// Receive domains.
     Receive(Receive),
+    /// Make a page for a browser of a migration's report file.
+    Report(Report),
     /// Carry xl's stream to the network (started by xl for `migrate`).
     #[command(hide = true)]
     Carry,
@@ -60,6 +67,13 @@ pub struct Migrate {
     /// Write the summary to a file, as JSON.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Write the report, of which `report` makes a page, to this file, and not to DOMAIN-DATE.json in
+    /// /var/lib/poolskip/reports (or in the directory that POOLSKIP_REPORTS names).
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// How progress is shown.
+    #[arg(long, value_enum, value_name = "FORM", default_value_t)]
+    pub progress: ProgressForm,
     /// Send all memory once more at the end and compare it at the target; fail on any difference.
     #[arg(long)]
     pub debug: bool,
@@ -90,6 +104,7 @@ pub fn run(command: Command) -> ExitCode {
     let code = match command {
         Command::Migrate(options) => migrate::run(&options),
         Command::Receive(options) => receive::run(&options),
+        Command::Report(options) => report::run(&options),
         Command::Carry => carry::run(),
     };
     ExitCode::from(code)

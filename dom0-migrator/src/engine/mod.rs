@@ -44,6 +44,8 @@ pub mod side_message;
 mod source;
 mod summary;
 mod target;
+mod travel;
+mod watch;
 mod window;
 pub mod xen_stream;
 
@@ -58,3 +60,5 @@ pub use summary::{
     DiskSummary, DrainReport, RefusalCounts, SourceStats, SourceSummary, TargetStats, TargetSummary,
 };
 pub use target::{TargetFilter, TargetParts};
+pub use travel::{PFNS_MAX, Travel, Way, WayCounts};
+pub use watch::Watch;

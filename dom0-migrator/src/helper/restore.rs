@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::arguments::RestoreArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::{Callback, CallbackSet, Message};
+use super::sampling::RestoreSampling;
 use super::stream::LibraryEnd;
 use super::verify::VerifyWatch;
 use super::{HelperError, Libraries, complete, take_descriptor};
@@ -29,7 +30,7 @@ pub fn run(arguments: &RestoreArguments, channel: &Arc<Channel>) -> Result<(), C
         .inspect_err(|error| channel.log(Level::WARN, &format!("{error}; going on without")))
         .ok()
         .flatten();
-    let result = restore(arguments, channel, peer.as_ref(), &mut report);
+    let result = restore(arguments, channel, peer.as_ref(), started, &mut report);
     report.seconds = started.elapsed().as_secs_f64();
     report.error = result.as_ref().err().map(ToString::to_string);
     report.cut_short = matches!(&result, Err(HelperError::Engine(EngineError::Truncated { .. })));
@@ -47,6 +48,7 @@ fn restore(
     arguments: &RestoreArguments,
     channel: &Arc<Channel>,
     peer: Option<&Peer>,
+    started: Instant,
     report: &mut RestoreReport,
 ) -> Result<Restored, HelperError> {
     let wire = take_descriptor(arguments.io_fd)?;
@@ -67,6 +69,7 @@ fn restore(
         side,
         config: Config::default(),
     })?;
+    let sampling = RestoreSampling::start(started, &engine);
     let mut restorer = Restorer { channel: channel.clone(), callbacks: arguments.callbacks };
     let restored = libraries.guest.restore(
         &libraries.control,
@@ -78,6 +81,7 @@ fn restore(
     // A filter that still writes finds nobody there.
     drop(library_end);
     let finished = finish_soon(engine, report);
+    report.timeline = sampling.finish();
     report.verified = watch.enabled();
     report.verify_mismatches = watch.enabled().then(|| watch.mismatches());
     let restored = match (restored, finished) {

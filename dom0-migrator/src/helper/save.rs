@@ -10,6 +10,7 @@ use enlightenment::xenstore::RequestKind;
 use super::arguments::SaveArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::Message;
+use super::sampling::SaveSampling;
 use super::stream::{LibraryEnd, Terminated};
 use super::{HelperError, Libraries, complete, policy, take_descriptor};
 use crate::disks;
@@ -17,6 +18,7 @@ use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts};
 use crate::handoff::{Event, Order, Peer, Role};
 use crate::lists::{self, Requester};
 use crate::report::SaveReport;
+use crate::timeline::Moment;
 use crate::xen::DomainId;
 use crate::xen::guest::{Precopy, PrecopyStats, SaveCallbacks};
 use crate::xen::logger::{Level, Sink};
@@ -38,7 +40,7 @@ pub fn run(arguments: &SaveArguments, channel: &Arc<Channel>) -> Result<(), Chan
         .ok()
         .flatten()
         .map(Arc::new);
-    let result = save(arguments, channel, peer.as_ref(), &mut report);
+    let result = save(arguments, channel, peer.as_ref(), started, &mut report);
     report.seconds = started.elapsed().as_secs_f64();
     report.error = result.as_ref().err().map(ToString::to_string);
     if let Some(peer) = &peer {
@@ -51,6 +53,7 @@ fn save(
     arguments: &SaveArguments,
     channel: &Arc<Channel>,
     peer: Option<&Arc<Peer>>,
+    started: Instant,
     report: &mut SaveReport,
 ) -> Result<(), HelperError> {
     let domain = arguments.domain;
@@ -78,12 +81,16 @@ fn save(
         config: Config { references: order.references, ..Config::default() },
     })?;
     hints.tell(RequestKind::Begun);
-    let mut saver = Saver { channel: channel.clone(), engine, terminated: terminated.clone(), round };
+    let sampling = SaveSampling::start(started, peer, &engine);
+    let mut saver =
+        Saver { channel: channel.clone(), engine, sampling, terminated: terminated.clone(), round };
     let saved =
         libraries.guest.save(&libraries.control, library_end.as_fd(), domain, arguments.flags, &mut saver);
     // The end of the stream for the filter; the thread that waits for SIGTERM keeps a copy, so it is said aloud.
     library_end.close();
     let finished = if saved.is_ok() { saver.engine.finish() } else { finish_soon(saver.engine, report) };
+    // A last sample, before the report that is the last word.
+    drop(saver.sampling);
     if let Ok(summary) = &finished {
         report.count(summary);
     }
@@ -199,14 +206,17 @@ impl Hints {
 struct Saver {
     channel: Arc<Channel>,
     engine: SourceFilter,
+    sampling: SaveSampling,
     terminated: Terminated,
     round: Arc<AtomicU32>,
 }
 
 impl Saver {
-    fn enter_round(&self, round: u32) {
+    /// A pass begins (0 is the first), of so many pages if that is known.
+    fn enter_round(&self, round: u32, pages: Option<u64>) {
         self.round.store(round + 1, Ordering::Relaxed);
         self.engine.enter_round(round);
+        self.sampling.mark(Moment::Round { number: round.saturating_add(1), pages });
     }
 }
 
@@ -218,7 +228,8 @@ impl SaveCallbacks for Saver {
         });
         if suspended != 0 {
             self.engine.suspended();
-            self.enter_round(self.round.load(Ordering::Relaxed));
+            self.sampling.mark(Moment::Suspended);
+            self.enter_round(self.round.load(Ordering::Relaxed), None);
         }
         suspended
     }
@@ -229,11 +240,14 @@ impl SaveCallbacks for Saver {
         }
         let decision = policy::stock(stats);
         if stats.dirty_count > 0 {
-            self.enter_round(stats.iteration);
+            self.enter_round(stats.iteration, u64::try_from(stats.dirty_count).ok());
         }
         if decision == Precopy::StopAndCopy {
             // Nothing may wait for storage while the domain is suspended.
-            match self.engine.drain() {
+            self.sampling.mark(Moment::Drain);
+            let drained = self.engine.drain();
+            self.sampling.mark(Moment::Drained);
+            match drained {
                 Ok(drained) => self.channel.log(
                     Level::INFO,
                     &format!(

@@ -63,6 +63,7 @@ impl Host {
             .env("XENSTORED_PATH", directory.join("xenstored"))
             .env("XS", directory.join("xs"))
             .env("FAULT", fault)
+            .env("POOLSKIP_REPORTS", directory.join("reports"))
             .stderr(Stdio::piped());
         command
     }

@@ -16,6 +16,7 @@ use crate::engine::error::{EngineError, StreamProblem};
 use crate::engine::memory_record::{self, Builder};
 use crate::engine::reference_map::ReferenceMap;
 use crate::engine::summary::{DrainReport, SourceStats};
+use crate::engine::travel::Travel;
 use crate::engine::window::Window;
 use crate::engine::xen_stream::{MAX_PAGE_DATA, PageData, RecordHeader, is_page_table, record};
 
@@ -56,6 +57,7 @@ pub(super) struct Filter {
     pub(super) syncs: (u64, u64),
     pub(super) pass: Pass,
     pub(super) stats: SourceStats,
+    pub(super) travel: Travel,
     pub(super) shared: Arc<Mutex<SourceStats>>,
     pub(super) body: Vec<u8>,
     pub(super) builder: Builder,
@@ -88,6 +90,7 @@ impl Filter {
         let classes = self.stats.bytes_page_data + self.stats.bytes_references + self.stats.bytes_markers;
         self.stats.bytes_other = self.stats.bytes_out.saturating_sub(classes);
         self.stats.references_outstanding = self.window.outstanding() as u64;
+        self.stats.ways = self.travel.counts();
         self.shared.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.stats);
     }
 
@@ -206,6 +209,7 @@ impl Filter {
             self.stats.pages_raw += count;
             self.stats.pages_page_table +=
                 pages.entries().filter(|entry| is_page_table(entry.page_type)).count() as u64;
+            self.travel.record(&pages, self.pass.number > 1);
         }
         self.stats.bytes_page_data += pages.data.len() as u64;
         let head = RecordHeader::bytes(header.kind, header.length as usize);

@@ -117,6 +117,7 @@ impl SourceFilter {
             syncs: (0, 0),
             pass: Pass::default(),
             stats: summary.stats.clone(),
+            travel: super::travel::Travel::default(),
             shared: Arc::clone(&stats),
             body: Vec::new(),
             builder: Builder::default(),
@@ -131,6 +132,7 @@ impl SourceFilter {
                 }
                 filter.publish();
                 summary.stats = filter.stats;
+                summary.travel = filter.travel;
                 result.map(|()| summary)
             })
             .map_err(EngineError::Start)?;
@@ -169,6 +171,11 @@ impl SourceFilter {
     /// The counters as they are now.
     pub fn stats(&self) -> SourceStats {
         self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A look at the counters that outlives the filter.
+    pub fn watch(&self) -> super::Watch<SourceStats> {
+        super::Watch(Arc::clone(&self.stats))
     }
 
     /// Whether the filter's thread has ended.

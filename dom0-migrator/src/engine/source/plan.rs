@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use super::filter::Filter;
 use crate::engine::error::EngineError;
-use crate::engine::memory_record::{self, Hash, SpanKind};
+use crate::engine::memory_record::{self, Hash, Span, SpanKind};
+use crate::engine::travel::Way;
 use crate::engine::xen_stream::{
     NOTAB, PAGE, PAGE_DATA_HEAD, PageData, RecordHeader, ZERO_PAGE, is_page_table,
 };
@@ -83,6 +84,7 @@ impl Filter {
         let (mut at, mut raw) = (0, 0);
         for span in &self.builder.spans {
             let count = span.count as usize;
+            self.travel.span(span.first.pfn, u64::from(span.count), way(span, self.pass.number > 1));
             match span.kind {
                 SpanKind::Raw => {
                     slices.push(IoSlice::new(pages.data.get(at..at + count * PAGE).unwrap_or(&[])));
@@ -118,6 +120,18 @@ impl Filter {
         self.output.write_slices(&mut slices)?;
         self.stats.bytes_page_data += (raw * PAGE) as u64;
         Ok(())
+    }
+}
+
+/// The way that a span goes; `again`: in a pass after the first.
+fn way(span: &Span, again: bool) -> Way {
+    match span.kind {
+        SpanKind::NoData => Way::NoData,
+        SpanKind::Zero => Way::Zero,
+        SpanKind::Reference { .. } => Way::Referenced,
+        SpanKind::Raw if is_page_table(span.first.page_type) => Way::PageTable,
+        SpanKind::Raw if again => Way::Resent,
+        SpanKind::Raw => Way::Raw,
     }
 }
 
