@@ -163,7 +163,7 @@ impl Travel {
         let Some(Some(chunk)) = chunk else { return Way::Unseen };
         let at = (pfn % CHUNK) as usize;
         let byte = chunk.get(at / 2).copied().unwrap_or(0);
-        Way::from_number(if at % 2 == 0 { byte & 0xf } else { byte >> 4 }).unwrap_or(Way::Unseen)
+        Way::from_number(if at.is_multiple_of(2) { byte & 0xf } else { byte >> 4 }).unwrap_or(Way::Unseen)
     }
 
     /// PFNs of all chunks in which anything was noted, ascending, each with the way of every page in it.

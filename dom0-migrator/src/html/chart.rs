@@ -12,7 +12,7 @@ const LEFT: f64 = 58.0;
 /// Room at the right.
 const RIGHT: f64 = 12.0;
 /// Room above, for the names of the bands.
-const TOP: f64 = 20.0;
+const TOP: f64 = 24.0;
 /// Room below, for the times.
 const BOTTOM: f64 = 22.0;
 
@@ -143,7 +143,7 @@ impl Chart {
                     line.grid x1=(at(LEFT)) x2=(at(right)) y1=(y) y2=(y) {}
                     text.label x=(at(LEFT - 6.0)) y=(y) dy="0.35em" text-anchor="end" { (number(value, most / self.unit.1)) }
                 }
-                text.label.unit x=(at(LEFT - 6.0)) y=(at(TOP - 6.0)) text-anchor="end" { (self.unit.0) }
+                text.label x=(at(LEFT - 6.0)) y=(at(TOP - 13.0)) text-anchor="end" { (self.unit.0) }
                 (self.layers(most))
                 @for line in &self.lines {
                     path class={ "line " (line.class) } d=(self.outline(&line.steps, most)) { title { (line.name) } }
@@ -240,7 +240,7 @@ mod tests {
         let chart = Chart {
             description: String::new(),
             id: "c",
-            height: 142.0,
+            height: 146.0,
             end: 10.0,
             most: 0.0,
             unit: ("x", 1.0),
@@ -255,8 +255,8 @@ mod tests {
         };
         let svg = chart.draw().into_string();
         assert!(!svg.contains("class=\"b\""), "an empty layer is not drawn");
-        // 100 units high, 4.5 the top: 1 is at 120 - 22.2, and the third layer begins there.
-        assert!(svg.contains("M58 97.78H928V120H58Z"), "{svg}");
-        assert!(svg.contains("V97.78H58Z"), "{svg}");
+        // 100 units high, 4.5 the top: 1 is at 124 - 22.22, and the third layer begins there.
+        assert!(svg.contains("M58 101.78H928V124H58Z"), "{svg}");
+        assert!(svg.contains("V101.78H58Z"), "{svg}");
     }
 }

@@ -22,6 +22,7 @@ pub fn maybe(number: Option<u64>) -> String {
 pub fn bytes(number: u64) -> String {
     let number = number as f64;
     match number {
+        0.0 => "0".to_owned(),
         ..1e4 => format!("{number:.0} B"),
         ..1e6 => format!("{:.1} kB", number / 1e3),
         ..1e9 => format!("{} MB", three(number / 1e6)),
@@ -34,6 +35,7 @@ pub fn bytes(number: u64) -> String {
 pub fn memory(pages: u64) -> String {
     let kib = pages as f64 * 4.0;
     match kib {
+        0.0 => "0".to_owned(),
         ..1024.0 => format!("{kib:.0} KiB"),
         ..1_048_576.0 => format!("{} MiB", three(kib / 1024.0)),
         ..1_073_741_824.0 => format!("{} GiB", three(kib / 1_048_576.0)),

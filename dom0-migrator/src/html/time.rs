@@ -18,6 +18,9 @@ const ROWS_MAX: usize = 40;
 /// Passes in the table at most.
 const PASSES_MAX: usize = 40;
 
+/// A counter of a sample.
+type Counter = fn(&SourceSample) -> u64;
+
 /// The section.
 pub fn section(report: &ReportFile) -> Markup {
     let time = Time::new(report);
@@ -194,13 +197,13 @@ impl<'a> Time<'a> {
                 all,
             )
         } else {
-            let classes: [(&str, &str, fn(&SourceSample) -> u64); 4] = [
+            let classes: [(&str, &str, Counter); 4] = [
                 ("raw", "contents of pages", |sample| sample.bytes_page_data),
                 ("accepted", "references", |sample| sample.bytes_references),
                 ("zero", "markers", |sample| sample.bytes_markers),
                 ("page-table", "everything else", SourceSample::bytes_other),
             ];
-            let last = |counter: fn(&SourceSample) -> u64| self.source.last().map_or(0, counter);
+            let last = |counter: Counter| self.source.last().map_or(0, counter);
             (
                 classes
                     .iter()

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 /// What Chromium needs on a machine without a screen and without a network, as root.
-const FLAGS: [&str; 12] = [
+const FLAGS: [&str; 11] = [
     "--headless",
     "--no-sandbox",
     "--disable-gpu",
@@ -17,7 +17,6 @@ const FLAGS: [&str; 12] = [
     "--disable-sync",
     "--hide-scrollbars",
     "--enable-logging=stderr",
-    "--virtual-time-budget=2000",
 ];
 
 /// What it wrote to the two outputs.

@@ -87,7 +87,7 @@ pub fn poolskip() -> ReportFile {
     let all: Vec<u64> = (0..GUEST).collect();
     pass(&mut travel, &all, false, &mut now, &mut sample, &mut source);
     for (number, dirty) in [(2, 9_000), (3, 3_100), (4, 1_200)] {
-        let pages: Vec<u64> = (0..dirty).map(|i| (i * 37 + 33_000) % GUEST).collect();
+        let pages: Vec<u64> = (0..dirty).map(|i| 33_000 + i / 600 * 5_200 + i % 600).collect();
         marks.push(Mark { seconds: now, what: Moment::Round { number, pages: Some(dirty) } });
         sample.rounds = number;
         pass(&mut travel, &pages, true, &mut now, &mut sample, &mut source);

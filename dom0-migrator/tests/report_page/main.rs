@@ -66,7 +66,7 @@ fn a_browser_shows_the_numbers_of_the_report() {
     let map = mine.memory.as_ref().unwrap();
     let shown = |number: u64| {
         let mut text = number.to_string();
-        for at in (1..text.len()).rev().filter(|at| (text.len() - at) % 3 == 0).collect::<Vec<_>>() {
+        for at in (1..text.len()).rev().filter(|at| (text.len() - at).is_multiple_of(3)).collect::<Vec<_>>() {
             text.insert(at, '\u{202f}');
         }
         text

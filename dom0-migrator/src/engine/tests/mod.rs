@@ -5,3 +5,4 @@ mod failures;
 mod guest_stream;
 mod journey;
 mod pair;
+mod seen;
