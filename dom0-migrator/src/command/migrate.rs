@@ -18,7 +18,8 @@ use nix::unistd::Pid;
 
 use super::child::{self, Xl};
 use super::domain::{self, Domain, DomainError};
-use super::observer::{self, Observed, Observer};
+use super::metrics::Metrics;
+use super::observer::{Observed, Observer};
 use super::progress::{Progress, show_summary};
 use super::summary::{Outcome, Parts, Summary, WireBytes};
 use super::{
@@ -92,7 +93,7 @@ pub fn run(options: &Migrate) -> u8 {
         Ok((summary, observed)) => {
             show_summary(options.progress, &summary);
             write_json(json, &summary);
-            observer::write_report(&observed.report(options, &summary), options.report.as_deref());
+            observed.close(options, &summary);
             match summary.outcome {
                 Outcome::Migrated => EXIT_MIGRATED,
                 Outcome::Failed => EXIT_FAILED,
@@ -130,6 +131,13 @@ fn migrate(
     let domain = domain::find(&mut Xenstore::open()?, &options.domain)?;
     let helper = if options.stock { HelperKind::Stock } else { HelperKind::Poolskip };
     let started = Instant::now();
+    let metrics = Metrics::start(
+        &domain.name,
+        &options.target,
+        options.metrics_listen,
+        options.metrics_file.as_deref(),
+    );
+    let metrics = metrics.map_err(system("the port for metrics"))?;
     let mut link = Link::open(&connection::with_port(&options.target), &domain, helper, options.debug)?;
     let listener = Arc::new(Listener::bind()?);
     let order = Order {
@@ -139,7 +147,8 @@ fn migrate(
         debug: options.debug,
     };
     serve(&listener, &link, order, tell).map_err(system("handoff"))?;
-    let observer = Observer::new(started, Progress::new(options.progress, &domain.name, &options.target));
+    let progress = Progress::new(options.progress, &domain.name, &options.target);
+    let observer = Observer::new(started, progress, metrics);
     let xl = start_xl(options, &domain, helper, &listener, tell).map_err(system("xl migrate"))?;
     let mut run = Run { xl, helper, observer, link: &link, seen: Seen::default() };
     let status = run.watch(happenings);

@@ -5,6 +5,7 @@ mod child;
 mod connection;
 mod domain;
 mod follow;
+mod metrics;
 mod migrate;
 mod observer;
 mod progress;
@@ -74,6 +75,14 @@ pub struct Migrate {
     /// How progress is shown.
     #[arg(long, value_enum, value_name = "FORM", default_value_t)]
     pub progress: ProgressForm,
+    /// Serve figures for Prometheus here while the migration runs, at /metrics. Nobody is asked who he is: 127.0.0.1 or a network of
+    /// the hosts alone.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// Write figures for Prometheus to this file, for node_exporter's textfile collector: of the migration that runs, and then of
+    /// the last one.
+    #[arg(long, value_name = "FILE.prom")]
+    pub metrics_file: Option<PathBuf>,
     /// Send all memory once more at the end and compare it at the target; fail on any difference.
     #[arg(long)]
     pub debug: bool,

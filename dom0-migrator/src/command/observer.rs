@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::metrics::Metrics;
 use super::progress::{Progress, Status};
 use super::remaining::{Estimator, Remaining};
 use super::summary::{Outcome, Summary};
@@ -25,6 +26,7 @@ pub struct Observer {
     date: Date,
     /// Shows it.
     pub progress: Progress,
+    metrics: Metrics,
     source: Recorder<SourceSample>,
     marks: Vec<Mark>,
     wire: Recorder<WireSample>,
@@ -40,6 +42,7 @@ pub struct Observer {
 #[derive(Debug)]
 pub struct Observed {
     date: Date,
+    metrics: Metrics,
     source: Vec<SourceSample>,
     marks: Vec<Mark>,
     wire: Vec<WireSample>,
@@ -53,11 +56,12 @@ pub struct Observed {
 
 impl Observer {
     /// Begins.
-    pub fn new(began: Instant, progress: Progress) -> Self {
+    pub fn new(began: Instant, progress: Progress, metrics: Metrics) -> Self {
         Self {
             began,
             date: Date::now(),
             progress,
+            metrics,
             source: Recorder::default(),
             marks: Vec::new(),
             wire: Recorder::default(),
@@ -115,7 +119,9 @@ impl Observer {
         let bytes = bytes();
         self.wire_rate = bytes.saturating_sub(before.bytes) as f64 / (seconds - before.seconds);
         self.wire.push(WireSample { seconds: milliseconds(seconds), bytes });
-        self.progress.status(&self.status());
+        let status = self.status();
+        self.progress.status(&status);
+        self.metrics.running(&status);
     }
 
     /// How far it is.
@@ -141,6 +147,7 @@ impl Observer {
         self.wire.push(WireSample { seconds, bytes });
         Observed {
             date: self.date,
+            metrics: self.metrics,
             source: self.source.finish(),
             marks: self.marks,
             wire: self.wire.finish(),
@@ -153,8 +160,16 @@ impl Observer {
 }
 
 impl Observed {
+    /// Writes the report and the last figures.
+    pub fn close(mut self, options: &Migrate, summary: &Summary) {
+        let mut metrics = std::mem::take(&mut self.metrics);
+        let report = self.report(options, summary);
+        metrics.over(&report);
+        write_report(&report, options.report.as_deref());
+    }
+
     /// The report file, of this and the summary.
-    pub fn report(self, options: &Migrate, summary: &Summary) -> ReportFile {
+    fn report(self, options: &Migrate, summary: &Summary) -> ReportFile {
         let helper_began = self.helper_began.unwrap_or_default();
         let downtime = self.downtime(summary.outcome);
         let stock_bytes = summary.source.as_ref().and_then(|source| source.get("bytes_in")?.as_u64());
@@ -197,7 +212,7 @@ impl Observed {
 }
 
 /// Writes the report where it is wanted, and says where. What happened to the domain does not depend on it.
-pub fn write_report(report: &ReportFile, path: Option<&Path>) {
+fn write_report(report: &ReportFile, path: Option<&Path>) {
     let default;
     let path = match path {
         Some(path) => path,

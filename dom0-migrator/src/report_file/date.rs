@@ -41,6 +41,11 @@ impl Date {
         [year, month, days + 1, seconds / 3600, seconds / 60 % 60, seconds % 60]
     }
 
+    /// Seconds since 1970.
+    pub fn seconds(self) -> u64 {
+        self.0
+    }
+
     /// For a file's name: `20261123T183554Z`.
     pub fn compact(self) -> String {
         self.to_string().replace(['-', ':'], "")
