@@ -25,6 +25,7 @@ use nix::sys::socket::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::engine::{TRAVEL_BYTES_MAX, Travel};
 use crate::parcel;
 use crate::report::{CarriedReport, RestoreReport, SaveReport};
 use crate::timeline::{Mark, SourceSample};
@@ -36,8 +37,12 @@ pub const ENVIRONMENT: &str = "POOLSKIP_HANDOFF";
 /// Longest message in a packet, in bytes; what is longer travels as a [`parcel`].
 const MESSAGE_MAX: usize = 128 * 1024;
 
-/// The packet that comes with a parcel.
+/// The packet that comes with a message in a parcel.
 const PARCEL: &[u8] = b"parcel";
+/// Longest such message in bytes.
+const PARCEL_MAX: u64 = 8 << 20;
+/// The packet that comes with [`Event::Travelled`].
+const TRAVEL: &[u8] = b"travel";
 
 /// Who connects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -92,6 +97,10 @@ pub enum Event {
     Sampled(SourceSample),
     /// Something happened at the source.
     Marked(Mark),
+    /// How each page travelled. As it is, and not made into anything yet: the domain stands still while the source's helper
+    /// says this.
+    #[serde(skip)]
+    Travelled(Travel),
     /// The source's helper is done.
     Saved(Box<SaveReport>),
     /// The target's helper is done.
@@ -224,11 +233,20 @@ impl Peer {
     /// # Errors
     /// [`HandoffError`] when the command is gone.
     pub fn tell(&self, event: &Event) -> Result<(), HandoffError> {
+        let packing = |source| HandoffError::Io { what: "pack", source };
+        if let Event::Travelled(travel) = event {
+            let file = parcel::pack(travel.pieces()).map_err(packing)?;
+            return self.send(TRAVEL, Some(file.as_raw_fd()));
+        }
         let bytes = serde_json::to_vec(event)?;
         if bytes.len() <= MESSAGE_MAX {
             return self.send(&bytes, None);
         }
-        let file = parcel::pack(&bytes).map_err(|source| HandoffError::Io { what: "pack", source })?;
+        if bytes.len() as u64 > PARCEL_MAX {
+            let text = format!("a message of {} bytes, {PARCEL_MAX} at most are taken", bytes.len());
+            return Err(packing(io::Error::new(io::ErrorKind::InvalidInput, text)));
+        }
+        let file = parcel::pack([&bytes[..]]).map_err(packing)?;
         self.send(PARCEL, Some(file.as_raw_fd()))
     }
 
@@ -245,11 +263,15 @@ impl Peer {
     /// # Errors
     /// [`HandoffError`] for a message that cannot be understood.
     pub fn hear(&self) -> Result<Option<Event>, HandoffError> {
+        let unpacking = |source| HandoffError::Io { what: "unpack", source };
         Ok(match self.receive()? {
             Some((bytes, Some(file))) if bytes == PARCEL => {
-                let bytes = parcel::unpack(file);
-                let bytes = bytes.map_err(|source| HandoffError::Io { what: "unpack", source })?;
+                let bytes = parcel::unpack(file, PARCEL_MAX).map_err(unpacking)?;
                 Some(serde_json::from_slice(&bytes)?)
+            }
+            Some((bytes, Some(file))) if bytes == TRAVEL => {
+                let bytes = parcel::unpack(file, TRAVEL_BYTES_MAX).map_err(unpacking)?;
+                Some(Event::Travelled(Travel::from_bytes(&bytes).unwrap_or_default()))
             }
             Some((bytes, _)) => Some(serde_json::from_slice(&bytes)?),
             None => None,
@@ -306,6 +328,7 @@ fn packet_socket() -> Result<OwnedFd, HandoffError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Way;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -336,12 +359,26 @@ mod tests {
 
     #[test]
     fn a_report_of_any_length_arrives() {
+        let travel = || {
+            let mut travel = Travel::default();
+            travel.span(70_000, 3, Way::Accepted);
+            travel
+        };
         let listener = Listener::bind().unwrap();
         let said = Event::Phase("long ".repeat(200_000));
         std::thread::scope(|scope| {
-            scope.spawn(|| Peer::connect(listener.path()).unwrap().tell(&said).unwrap());
+            scope.spawn(|| {
+                let peer = Peer::connect(listener.path()).unwrap();
+                peer.tell(&said).unwrap();
+                peer.tell(&Event::Travelled(travel())).unwrap();
+                peer.tell(&Event::Travelled(Travel::default())).unwrap();
+                assert!(peer.tell(&Event::Phase("x".repeat(PARCEL_MAX as usize))).is_err());
+            });
             let peer = listener.accept().unwrap();
             assert_eq!(peer.hear().unwrap().as_ref(), Some(&said));
+            let Some(Event::Travelled(heard)) = peer.hear().unwrap() else { panic!("no map") };
+            assert_eq!((heard.way(70_002), heard.way(70_003)), (Way::Accepted, Way::Unseen));
+            assert_eq!(peer.hear().unwrap(), Some(Event::Travelled(Travel::default())));
             assert_eq!(peer.hear().unwrap(), None);
         });
     }

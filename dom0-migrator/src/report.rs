@@ -2,9 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::engine;
+use crate::engine::{self, Travel};
 use crate::lists::ListsReport;
-use crate::memory_map::MemoryMap;
 use crate::timeline::TargetSample;
 
 /// Bytes of the memory stream by what they were, as the source's filter counted them.
@@ -55,9 +54,9 @@ pub struct SaveReport {
     pub lists_problem: Option<String>,
     /// All counters of the filter.
     pub engine: serde_json::Value,
-    /// How each page travelled the last time.
-    #[serde(default)]
-    pub memory: Option<MemoryMap>,
+    /// How each page travelled the last time; handed over apart from the rest.
+    #[serde(skip)]
+    pub travel: Travel,
 }
 
 impl SaveReport {
@@ -81,7 +80,6 @@ impl SaveReport {
         };
         self.side_channel = summary.poolskip;
         self.engine = serde_json::to_value(summary).unwrap_or_default();
-        self.memory = MemoryMap::of(&summary.travel);
     }
 }
 

@@ -157,12 +157,11 @@ fn migrate(
     run.collect(happenings);
     let said = run.xl.said();
     let mut observed = run.observer.finish(link.carried().total());
-    let Seen { mut saved, carried, interrupted, .. } = run.seen;
+    let Seen { saved, carried, interrupted, .. } = run.seen;
     listener.close();
     let wire_before_end = link.carried();
     link.hang_up(status.is_some_and(|status| status.success()));
     let mut target = link.outcome();
-    observed.memory = saved.as_mut().and_then(|saved| saved.memory.take());
     if let Ok(TargetOutcome { restore: Some(restore), .. }) = &mut target {
         observed.target = std::mem::take(&mut restore.timeline);
     }
@@ -397,6 +396,7 @@ impl Run<'_> {
             }
             Happening::Heard(Event::Sampled(sample)) => self.observer.sampled(sample),
             Happening::Heard(Event::Marked(mark)) => self.observer.marked(mark),
+            Happening::Heard(Event::Travelled(travel)) => self.observer.travelled(travel),
             Happening::Heard(Event::Phase(phase)) => self.observer.progress.phase(&phase),
             Happening::Heard(Event::Saved(report)) => self.seen.saved = Some(*report),
             Happening::Heard(Event::Carried(report)) => self.seen.carried = Some(report),

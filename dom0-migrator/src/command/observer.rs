@@ -10,6 +10,7 @@ use super::remaining::{Estimator, Remaining};
 use super::summary::{Outcome, Summary};
 use super::{Migrate, connection};
 use crate::control::HelperKind;
+use crate::engine::Travel;
 use crate::memory_map::MemoryMap;
 use crate::report_file::{self, Date, Downtime, ReportFile, SeenBy, Timeline};
 use crate::timeline::{
@@ -36,6 +37,7 @@ pub struct Observer {
     pass: (u32, u64, u64),
     helper_began: Option<Duration>,
     runs_there: Option<Duration>,
+    travel: Travel,
 }
 
 /// What was seen, once the migration is over.
@@ -48,8 +50,7 @@ pub struct Observed {
     wire: Vec<WireSample>,
     helper_began: Option<Duration>,
     runs_there: Option<Duration>,
-    /// How each page travelled, from the source's report.
-    pub memory: Option<MemoryMap>,
+    travel: Travel,
     /// From the target's report.
     pub target: Vec<TargetSample>,
 }
@@ -70,6 +71,7 @@ impl Observer {
             pass: (0, 0, 0),
             helper_began: None,
             runs_there: None,
+            travel: Travel::default(),
         }
     }
 
@@ -92,6 +94,11 @@ impl Observer {
         if self.marks.len() < MARKS_MAX {
             self.marks.push(mark);
         }
+    }
+
+    /// The source's helper tells how each page travelled.
+    pub fn travelled(&mut self, travel: Travel) {
+        self.travel = travel;
     }
 
     /// A pass is this far.
@@ -153,7 +160,7 @@ impl Observer {
             wire: self.wire.finish(),
             helper_began: self.helper_began,
             runs_there: self.runs_there,
-            memory: None,
+            travel: self.travel,
             target: Vec::new(),
         }
     }
@@ -197,7 +204,7 @@ impl Observed {
                 target: self.target,
                 wire: self.wire,
             },
-            memory: self.memory,
+            memory: MemoryMap::of(&self.travel),
             summary: serde_json::to_value(summary).unwrap_or_default(),
         }
     }

@@ -60,5 +60,5 @@ pub use summary::{
     DiskSummary, DrainReport, RefusalCounts, SourceStats, SourceSummary, TargetStats, TargetSummary,
 };
 pub use target::{TargetFilter, TargetParts};
-pub use travel::{PFNS_MAX, Travel, Way, WayCounts};
+pub use travel::{BYTES_MAX as TRAVEL_BYTES_MAX, PFNS_MAX, Travel, Way, WayCounts};
 pub use watch::Watch;

@@ -11,6 +11,20 @@ const CHUNK: u64 = 1 << 16;
 /// PFNs that are kept: 1 TiB of guest, 128 MiB of half bytes. What lies above is counted, and not on the map.
 pub const PFNS_MAX: u64 = 1 << 28;
 
+/// Most bytes of all [`Travel::pieces`].
+pub const BYTES_MAX: u64 = PFNS_MAX / 2 + PFNS_MAX / CHUNK * 2;
+
+/// The numbers of chunks, as they stand before each.
+static NUMBERS: [[u8; 2]; (PFNS_MAX / CHUNK) as usize] = {
+    let mut numbers = [[0; 2]; (PFNS_MAX / CHUNK) as usize];
+    let mut index = 0;
+    while index < numbers.len() {
+        numbers[index] = (index as u16).to_le_bytes();
+        index += 1;
+    }
+    numbers
+};
+
 /// How a page travelled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -174,6 +188,30 @@ impl Travel {
         })
     }
 
+    /// Pieces for [`from_bytes`](Self::from_bytes): the number of each chunk that is there, and its half bytes. The counters are not
+    /// among them.
+    pub fn pieces(&self) -> Vec<&[u8]> {
+        let there =
+            self.chunks.iter().enumerate().filter_map(|(index, chunk)| Some((index, chunk.as_ref()?)));
+        there
+            .flat_map(|(index, chunk)| [NUMBERS.get(index).map_or(&[][..], |number| &number[..]), chunk])
+            .collect()
+    }
+
+    /// Out of the joined [`pieces`](Self::pieces); `None` when they are none. Chunks of numbers that cannot be are left out.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let pieces = bytes.chunks_exact(2 + CHUNK as usize / 2);
+        let mut travel = pieces.remainder().is_empty().then(Self::default)?;
+        for piece in pieces {
+            let (number, half_bytes) = piece.split_first_chunk()?;
+            let first = u64::from(u16::from_le_bytes(*number)) * CHUNK;
+            if first < PFNS_MAX {
+                travel.chunk(first).copy_from_slice(half_bytes);
+            }
+        }
+        Some(travel)
+    }
+
     fn chunk(&mut self, pfn: u64) -> &mut [u8] {
         let index = (pfn / CHUNK) as usize;
         if self.chunks.len() <= index {
@@ -249,6 +287,9 @@ mod tests {
                 .filter(|(_, way)| *way != Way::Unseen)
                 .collect();
             prop_assert_eq!(&noted, &model);
+            let bytes = travel.pieces().concat();
+            prop_assert_eq!(&Travel::from_bytes(&bytes).unwrap().chunks, &travel.chunks);
+            prop_assert_eq!(Travel::from_bytes(&bytes[..bytes.len().saturating_sub(1)]).is_none(), !bytes.is_empty());
             for (&pfn, &way) in &model {
                 prop_assert_eq!(travel.way(pfn), way);
             }

@@ -44,6 +44,7 @@ pub fn run(arguments: &SaveArguments, channel: &Arc<Channel>) -> Result<(), Chan
     report.seconds = started.elapsed().as_secs_f64();
     report.error = result.as_ref().err().map(ToString::to_string);
     if let Some(peer) = &peer {
+        let _ = peer.tell(&Event::Travelled(std::mem::take(&mut report.travel)));
         let _ = peer.tell(&Event::Saved(Box::new(report)));
     }
     complete(channel, &result)
@@ -88,11 +89,12 @@ fn save(
         libraries.guest.save(&libraries.control, library_end.as_fd(), domain, arguments.flags, &mut saver);
     // The end of the stream for the filter; the thread that waits for SIGTERM keeps a copy, so it is said aloud.
     library_end.close();
-    let finished = if saved.is_ok() { saver.engine.finish() } else { finish_soon(saver.engine, report) };
+    let mut finished = if saved.is_ok() { saver.engine.finish() } else { finish_soon(saver.engine, report) };
     // A last sample, before the report that is the last word.
     drop(saver.sampling);
-    if let Ok(summary) = &finished {
+    if let Ok(summary) = &mut finished {
         report.count(summary);
+        report.travel = std::mem::take(&mut summary.travel);
     }
     let result = match (saved, finished) {
         (Ok(()), Ok(_)) => Ok(()),
