@@ -94,8 +94,11 @@ pub struct RestoreReport {
     pub seconds: f64,
     /// Whether pages were compared at the end.
     pub verified: bool,
-    /// Pages that differed; none when nothing was compared.
+    /// Pages that differed; none when nothing was compared. Without those of `verify_late_writes`.
     pub verify_mismatches: Option<u64>,
+    /// Pages that differed since a backend wrote to them after the suspension, which Xen's comparison counts too.
+    #[serde(default)]
+    pub verify_late_writes: Option<u64>,
     /// All counters of the filter.
     pub engine: serde_json::Value,
     /// What it did from second to second.

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
 
 use crate::build::{ebpf, module};
 use crate::lab::{self, Host, Lab};
@@ -13,6 +14,10 @@ use crate::step::{run, step};
 
 /// Where `dom0-migrator` lies in both hosts.
 pub const MIGRATOR: &str = "/usr/local/bin/dom0-migrator";
+/// Where `domains` lies in both hosts.
+const DOMAINS: &str = "/usr/local/bin/domains";
+/// Where it finds its library.
+const LIBRARY: &str = "/usr/local/lib/domains";
 /// Where the probe lies in the guest.
 const PROBE: &str = "/usr/local/bin/guest-probe";
 /// Where the ticker lies in the guest.
@@ -23,9 +28,32 @@ const MODULE: &str = "/root/poolskip.ko";
 /// Generous limit for one command in an emulated machine.
 pub const LIMIT: Duration = Duration::from_secs(300);
 
+/// A domain, as the hypervisor has it.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Domain {
+    /// Its number.
+    pub domain: u16,
+    /// Pages that it has.
+    pub pages: u64,
+    /// Destroyed, but not all of its pages are free.
+    pub dying: bool,
+    /// Paused by the toolstack.
+    pub paused: bool,
+    /// Why it has shut down; none while it runs.
+    pub shutdown: Option<u32>,
+}
+
+impl Domain {
+    /// Whether nothing keeps it from running.
+    pub fn runs(&self) -> bool {
+        !self.dying && !self.paused && self.shutdown.is_none()
+    }
+}
+
 /// Files to be put into the lab.
 pub struct Deployment {
     migrator: PathBuf,
+    domains: PathBuf,
     probe: PathBuf,
     ticker: PathBuf,
     module: PathBuf,
@@ -48,6 +76,7 @@ impl Deployment {
                 "--package=guest-probe",
                 "--package=dom0-migrator",
                 "--package=tests",
+                "--features=dom0-migrator/xenctrl",
                 "--bins",
             ]))?;
             target_directory()
@@ -61,6 +90,7 @@ impl Deployment {
         };
         Ok(Self {
             migrator: stripped("dom0-migrator")?,
+            domains: stripped("domains")?,
             probe: stripped("guest-probe")?,
             ticker: stripped("guest-ticker")?,
             module,
@@ -81,6 +111,12 @@ impl Deployment {
             for host in Host::BOTH {
                 lab.host(host).must("mkdir -p /usr/local/bin", LIMIT)?;
                 lab.host(host).push(&self.migrator, MIGRATOR, 0o755)?;
+                lab.host(host).push(&self.domains, DOMAINS, 0o755)?;
+                // The crate opens the library by the name that only a development package has.
+                lab.host(host).must(
+                    &format!("mkdir -p {LIBRARY} && set -- /usr/lib/x86_64-linux-gnu/libxenctrl.so.4.* && ln -sf $1 {LIBRARY}/libxenctrl.so"),
+                    LIMIT,
+                )?;
             }
             Ok(())
         })?;
@@ -93,6 +129,20 @@ impl Deployment {
             Ok(())
         })?;
         step("loading the module into the guest", || guest(lab, &format!("insmod {MODULE}")).map(drop))
+    }
+
+    /// The domains of a host, dom0 not among them, as the hypervisor has them: those too that the toolstack has forgotten.
+    ///
+    /// # Errors
+    /// When the hypervisor cannot be asked.
+    pub fn domains(lab: &Lab, host: Host) -> Result<Vec<Domain>> {
+        let lines = lab.host(host).must(&format!("LD_LIBRARY_PATH={LIBRARY} {DOMAINS}"), LIMIT)?;
+        let all: Vec<Domain> = lines
+            .lines()
+            .map(|line| serde_json::from_str(line).with_context(|| format!("not a domain: {line:?}")))
+            .collect::<Result<_>>()?;
+        ensure!(all.iter().any(|domain| domain.domain == 0), "a host without a dom0: {lines:?}");
+        Ok(all.into_iter().filter(|domain| domain.domain != 0).collect())
     }
 
     /// Starts the probe in the guest, beside the running mysqld, and waits until it knows every frame.

@@ -59,6 +59,9 @@ pub struct Report {
     pub lists: Option<Lists>,
     /// Pages that differed when all were sent again and compared; none when it was not a debug migration.
     pub verify_mismatches: Option<u64>,
+    /// Pages that differed since a backend wrote to them after the suspension.
+    #[serde(default)]
+    pub verify_late_writes: Option<u64>,
     /// Pages compared.
     #[serde(default)]
     pub pages_verified: Option<u64>,

@@ -17,6 +17,9 @@ pub struct Args {
     /// Only these parts; all when none is named
     #[arg(value_enum)]
     parts: Vec<Part>,
+    /// Of the lab's cases, only those with this in their names
+    #[arg(long, value_name = "TEXT")]
+    case: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -47,7 +50,7 @@ pub fn run(args: &Args) -> Result<()> {
             Part::Lint => lint(),
             Part::Native => native(),
             Part::Module => module_test::boot_test(),
-            Part::Lab => lab_cases::run(),
+            Part::Lab => lab_cases::run(args.case.as_deref()),
         };
         match result {
             Ok(()) => passed += 1,

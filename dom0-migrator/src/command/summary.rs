@@ -84,6 +84,8 @@ pub struct Summary {
     pub lists_problem: Option<String>,
     /// Pages that differed at the target; null when nothing was compared.
     pub verify_mismatches: Option<u64>,
+    /// Pages that differed since a backend of the source wrote to them after the suspension: nothing is lost by it.
+    pub verify_late_writes: Option<u64>,
     /// All counters of the source's filter.
     pub source: Option<serde_json::Value>,
     /// What the target reports.
@@ -145,6 +147,9 @@ impl Summary {
                 // The stock helper only logs, so nothing logged means something only if pages were sent to be compared.
                 None => passed.filter(|passed| passed.verified > 0).map(|_| target.mismatch_lines),
             }),
+            verify_late_writes: target
+                .as_ref()
+                .and_then(|target| target.restore.as_ref()?.verify_late_writes),
             source: save.map(|save| save.engine.clone()),
             target,
         }
@@ -191,6 +196,9 @@ impl fmt::Display for Summary {
         }
         if let Some(mismatches) = self.verify_mismatches {
             row("compared", format!("{} pages, {mismatches} differ", count(self.pages_verified)))?;
+            if let Some(late) = self.verify_late_writes.filter(|&late| late > 0) {
+                row("  written late", format!("{late} more, by backends after the suspension"))?;
+            }
         }
         Ok(())
     }

@@ -36,7 +36,8 @@
 //! ```
 //!
 //! A sync record has the same magic, kind 2 and version, and a number in octets 8 to 15; the target sends the number back on
-//! the side channel (SYNCED) when everything before it in the stream has been handed to libxenguest.
+//! the side channel (SYNCED) when everything before it in the stream has been handed to libxenguest. A record of kind 3 may come after
+//! VERIFY ([`late_writes`](super::late_writes)).
 //!
 //! The spans stand in the order of the entries of the PAGE_DATA record that this one replaces, at most 1,024 entries in all.
 //! References are numbered from 0 without a gap, through all records. N is the sum of the counts of raw spans, R that
@@ -46,6 +47,7 @@
 //! the key, cannot make two pages with the same hash.
 
 use super::error::StreamProblem;
+use super::late_writes;
 use super::xen_stream::{Entry, MAX_BATCH, MAX_PFN, NOTAB, PAGE, has_data, is_known_type, u32_at, u64_at};
 
 /// Type of the record.
@@ -59,7 +61,7 @@ const KIND_SYNC: u16 = 2;
 /// Bytes of a sync record's body.
 const SYNC: usize = 16;
 /// Version of the layout.
-const VERSION: u16 = 1;
+pub const VERSION: u16 = 1;
 /// Bytes before the spans.
 pub const HEAD: usize = 24;
 /// Bytes of a span.
@@ -224,13 +226,21 @@ pub enum PrivateRecord<'a> {
     Memory(MemoryRecord<'a>),
     /// A question with its number.
     Sync(u64),
+    /// Pages written after the suspension: a body for [`LateWrites::add`](super::late_writes::LateWrites::add).
+    LateWrites(&'a [u8]),
 }
 
 impl<'a> PrivateRecord<'a> {
-    /// Parses a body of either kind.
+    /// Parses a body of any kind.
     pub fn parse(body: &'a [u8]) -> Result<Self, StreamProblem> {
-        let sync_head = sync_body(0);
-        if body.get(..8) != sync_head.get(..8) {
+        let is = |kind: u16| {
+            u32_at(body, 0) == Some(MAGIC)
+                && u32_at(body, 4) == Some(u32::from(VERSION) << 16 | u32::from(kind))
+        };
+        if is(late_writes::KIND) {
+            return Ok(Self::LateWrites(body));
+        }
+        if !is(KIND_SYNC) {
             return MemoryRecord::parse(body).map(Self::Memory);
         }
         match u64_at(body, 8) {

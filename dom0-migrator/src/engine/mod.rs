@@ -19,7 +19,7 @@
 //!   be missing.
 //! * A page from a disk is handed on only if its keyed hash is that of the bytes which the source would have sent.
 //! * When the first record after the memory, or VERIFY, passes, nothing is outstanding: the source sees to it, the target checks it.
-//! * After VERIFY every byte travels as it is.
+//! * After VERIFY every byte travels as it is, and one record may say which pages were written since the suspension.
 //! * The target reads from the network exactly up to the END record; libxl reads on from there.
 //!
 //! # When something fails
@@ -37,6 +37,7 @@ mod config;
 mod descriptor;
 mod disk;
 mod error;
+pub mod late_writes;
 pub mod memory_record;
 mod reference_map;
 mod restorer;
@@ -54,8 +55,9 @@ mod tests;
 
 pub use config::{Config, DiskName};
 pub use error::{EngineError, HeaderProblem, SideError, StreamProblem};
+pub use late_writes::LateWrites;
 pub use reference_map::{MapError, Place, ReferenceMap};
-pub use source::{SourceFilter, SourceParts};
+pub use source::{LateWritesTeller, SourceFilter, SourceParts};
 pub use summary::{
     DiskSummary, DrainReport, RefusalCounts, SourceStats, SourceSummary, TargetStats, TargetSummary,
 };

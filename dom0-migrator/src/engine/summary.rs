@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::late_writes::LateWrites;
 use super::travel::{Travel, WayCounts};
 
 /// The source filter's counters; bytes are bytes, times are seconds.
@@ -35,6 +36,8 @@ pub struct SourceStats {
     pub pages_without_data: u64,
     /// Pages that VERIFY sent again.
     pub pages_verified: u64,
+    /// Pages that a backend wrote to after the suspension, told to a target that compares.
+    pub pages_written_late: u64,
     /// Listed pages that went raw since the window was full.
     pub pages_window_full: u64,
     /// Listed pages that went raw since the target has not opened their disk.
@@ -177,4 +180,7 @@ pub struct TargetSummary {
     pub poolskip: bool,
     /// The disks.
     pub disks: Vec<DiskSummary>,
+    /// Pages that a backend wrote to after the suspension: they may differ from what VERIFY brings.
+    #[serde(skip)]
+    pub late_writes: LateWrites,
 }

@@ -10,7 +10,7 @@ use super::sampling::RestoreSampling;
 use super::stream::LibraryEnd;
 use super::verify::VerifyWatch;
 use super::{HelperError, Libraries, complete, take_descriptor};
-use crate::engine::{Config, EngineError, TargetFilter, TargetParts};
+use crate::engine::{Config, EngineError, LateWrites, TargetFilter, TargetParts};
 use crate::handoff::{Event, Order, Peer, Role};
 use crate::report::RestoreReport;
 use crate::xen::guest::{RestoreCallbacks, Restored};
@@ -82,16 +82,18 @@ fn restore(
     drop(library_end);
     let finished = finish_soon(engine, report);
     report.timeline = sampling.finish();
+    let differences = watch.differences(finished.as_ref().unwrap_or(&LateWrites::default()));
     report.verified = watch.enabled();
-    report.verify_mismatches = watch.enabled().then(|| watch.mismatches());
+    report.verify_mismatches = watch.enabled().then_some(differences.unexplained);
+    report.verify_late_writes = watch.enabled().then_some(differences.late_writes);
     let restored = match (restored, finished) {
-        (Ok(restored), Ok(())) => restored,
+        (Ok(restored), Ok(_)) => restored,
         // Why the library found its stream cut short.
         (_, Err(HelperError::Engine(error))) if !is_consequence(&error) => return Err(error.into()),
         (Err(error), _) => return Err(error.into()),
         (Ok(_), Err(error)) => return Err(error),
     };
-    match watch.mismatches() {
+    match differences.unexplained {
         0 if order.debug && !watch.enabled() => Err(HelperError::NotVerified),
         0 => Ok(restored),
         pages => Err(HelperError::Mismatch(pages)),
@@ -107,8 +109,9 @@ fn is_consequence(error: &EngineError) -> bool {
     }
 }
 
-/// Waits for the filter, not for long: it has come to the end when the library has, or else is of no use any more.
-fn finish_soon(engine: TargetFilter, report: &mut RestoreReport) -> Result<(), HelperError> {
+/// Waits for the filter, not for long: it has come to the end when the library has, or else is of no use any more. The pages that were
+/// written after the suspension.
+fn finish_soon(engine: TargetFilter, report: &mut RestoreReport) -> Result<LateWrites, HelperError> {
     let deadline = Instant::now() + FAREWELL;
     while !engine.is_finished() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
@@ -119,7 +122,7 @@ fn finish_soon(engine: TargetFilter, report: &mut RestoreReport) -> Result<(), H
     }
     let summary = engine.finish()?;
     report.engine = serde_json::to_value(&summary).unwrap_or_default();
-    Ok(())
+    Ok(summary.late_writes)
 }
 
 /// Answers libxenguest.

@@ -12,6 +12,7 @@ use super::channel::{Channel, ChannelError};
 use super::message::Message;
 use super::sampling::SaveSampling;
 use super::stream::{LibraryEnd, Terminated};
+use super::verify::{LateWritesReader, LateWritesWatch};
 use super::{HelperError, Libraries, complete, policy, take_descriptor};
 use crate::disks;
 use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts};
@@ -20,13 +21,18 @@ use crate::lists::{self, Requester};
 use crate::report::SaveReport;
 use crate::timeline::Moment;
 use crate::xen::DomainId;
+use crate::xen::grants::Grants;
 use crate::xen::guest::{Precopy, PrecopyStats, SaveCallbacks};
 use crate::xen::logger::{Level, Sink};
-use crate::xenstore::Xenstore;
+use crate::xen::release::Release;
+use crate::xenstore::{Store, Xenstore};
 
 /// What a helper does that no command of ours has started: it takes zero pages out of nothing, since there is no side channel,
 /// and is otherwise libxl's own.
 const ALONE: Order = Order { socket: false, references: false, wait_lists_seconds: 0, debug: false };
+
+/// `XCFLAGS_DEBUG`: all pages are sent again at the end, and compared.
+const SAVE_DEBUG: u32 = 1 << 1;
 
 /// How long a filter may take to end after a save that failed; its way to the target may be blocked.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -70,7 +76,13 @@ fn save(
         None => (ALONE, None),
     };
     let round = Arc::new(AtomicU32::new(0));
-    let sink = Arc::new(Progress { channel: channel.clone(), peer: peer.cloned(), round: round.clone() });
+    let late_writes = Arc::new(LateWritesWatch::default());
+    let sink = Arc::new(Progress {
+        channel: channel.clone(),
+        peer: peer.cloned(),
+        round: round.clone(),
+        late_writes: late_writes.clone(),
+    });
     let libraries = Libraries::open(sink)?;
     let mut hints = Hints::take(domain, &order, side.is_some(), &libraries, channel, peer, report);
     let engine = SourceFilter::start(SourceParts {
@@ -81,6 +93,10 @@ fn save(
         disks: std::mem::take(&mut hints.disks),
         config: Config { references: order.references, ..Config::default() },
     })?;
+    if arguments.flags & SAVE_DEBUG != 0 {
+        let reader = late_writes_reader(domain, channel)?;
+        late_writes.arm(reader, engine.late_writes_teller());
+    }
     hints.tell(RequestKind::Begun);
     let sampling = SaveSampling::start(started, peer, &engine);
     let mut saver =
@@ -108,6 +124,19 @@ fn save(
         hints.tell(RequestKind::Ended);
     }
     result
+}
+
+/// What a debug migration reads at its end, opened before anything can go wrong.
+fn late_writes_reader(domain: DomainId, channel: &Arc<Channel>) -> Result<LateWritesReader, HelperError> {
+    let Libraries { control, guest } = Libraries::open(channel.clone())?;
+    let kind = Xenstore::open()
+        .and_then(|mut store| store.read_text(&format!("/libxl/{domain}/type")))
+        .inspect_err(|error| tracing::warn!(%error, "the domain's kind is not known, it is taken for PV"))
+        .ok()
+        .flatten();
+    let is_pv = !matches!(kind.as_deref(), Some("pvh" | "hvm"));
+    let grants = Grants::open(Release::running()?)?;
+    Ok(LateWritesReader { control, guest, grants, domain, is_pv })
 }
 
 /// Whether a filter failed only because the library stopped writing.
@@ -278,6 +307,7 @@ struct Progress {
     channel: Arc<Channel>,
     peer: Option<Arc<Peer>>,
     round: Arc<AtomicU32>,
+    late_writes: Arc<LateWritesWatch>,
 }
 
 impl Sink for Progress {
@@ -286,6 +316,7 @@ impl Sink for Progress {
     }
 
     fn progress(&self, context: &str, doing: &str, done: u64, total: u64) {
+        self.late_writes.progress(doing, done, total);
         self.channel.progress(context, doing, done, total);
         if let Some(peer) = &self.peer {
             let round = self.round.load(Ordering::Relaxed);

@@ -6,6 +6,7 @@
 
 pub mod control;
 pub mod foreign;
+pub mod grants;
 pub mod guest;
 pub mod library;
 pub mod logger;

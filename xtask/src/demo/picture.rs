@@ -67,10 +67,11 @@ fn write_table(out: &mut String, f: &Figures) -> std::fmt::Result {
     )?;
     writeln!(
         out,
-        "while a client writes        {} refused, {} accepted, {} differ; {} transactions acknowledged, all there",
+        "while a client writes        {} refused, {} accepted, {} differ ({} more by packets after the suspension); {} transactions acknowledged, all there",
         f.writing.pages_refused,
         f.writing.pages_accepted,
         f.writing.verify_mismatches,
+        f.writing.verify_late_writes,
         f.writing.transactions_acknowledged
     )
 }

@@ -13,6 +13,7 @@ use super::side::Side;
 use crate::engine::config::Config;
 use crate::engine::descriptor::{Bell, Input, Output};
 use crate::engine::error::{EngineError, StreamProblem};
+use crate::engine::late_writes::LateWrites;
 use crate::engine::memory_record::{self, Builder};
 use crate::engine::reference_map::ReferenceMap;
 use crate::engine::summary::{DrainReport, SourceStats};
@@ -49,6 +50,9 @@ pub(super) struct Filter {
     pub(super) side: Option<Side>,
     pub(super) mode: Mode,
     pub(super) may_refer: bool,
+    /// Whether the target has answered, so that it knows our records, even if the side channel was lost since.
+    pub(super) target_knows_us: bool,
+    pub(super) late_writes: Option<LateWrites>,
     pub(super) map: ReferenceMap,
     pub(super) window: Window,
     pub(super) config: Config,
@@ -125,6 +129,7 @@ impl Filter {
                 self.stats.rounds = self.stats.rounds.max(iteration.saturating_add(1));
             }
             Request::Suspended => self.may_refer = false,
+            Request::LateWrites(writes) => self.late_writes = Some(writes),
             Request::Drain(reply) => {
                 self.may_refer = false;
                 let before = (self.stats.references_accepted, self.stats.references_refused);
@@ -146,10 +151,28 @@ impl Filter {
             return Err(header.error(StreamProblem::Unknown));
         }
         self.settle()?;
+        if self.mode == Mode::Verify {
+            self.tell_late_writes()?;
+        }
         if kind == record::VERIFY {
             self.mode = Mode::Verify;
         }
         self.copy_record(header)
+    }
+
+    /// The pages of VERIFY are through: says which of them were written since the suspension.
+    fn tell_late_writes(&mut self) -> Result<(), EngineError> {
+        // Told before libxenguest wrote the record whose header has just been read.
+        while let Ok(request) = self.requests.try_recv() {
+            self.handle_request(request);
+        }
+        let Some(writes) = self.late_writes.take().filter(|_| self.target_knows_us) else { return Ok(()) };
+        self.stats.pages_written_late = writes.len();
+        for body in writes.bodies() {
+            let head = RecordHeader::bytes(memory_record::RECORD_TYPE, body.len());
+            self.output.write_slices(&mut [IoSlice::new(&head), IoSlice::new(&body)])?;
+        }
+        Ok(())
     }
 
     /// Passes a record on, in pieces.

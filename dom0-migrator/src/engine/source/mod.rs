@@ -31,6 +31,7 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use super::config::{Config, DiskName};
 use super::descriptor::{Input, Output, Ringer, bell};
 use super::error::EngineError;
+use super::late_writes::LateWrites;
 use super::memory_record::Builder;
 use super::reference_map::ReferenceMap;
 use super::summary::{DrainReport, SourceStats, SourceSummary};
@@ -61,6 +62,24 @@ enum Request {
     Round(u32),
     Drain(Sender<DrainReport>),
     Suspended,
+    LateWrites(LateWrites),
+}
+
+/// Says which pages were written after the suspension. To be used after libxenguest has written the last page that VERIFY sends
+/// again, and before it writes the next record: the filter then names them to the target.
+#[derive(Clone, Debug)]
+pub struct LateWritesTeller {
+    requests: Sender<Request>,
+    ringer: Ringer,
+}
+
+impl LateWritesTeller {
+    /// Says it.
+    pub fn tell(&self, writes: LateWrites) {
+        // A filter that has ended is noticed when it is asked to finish.
+        let _ = self.requests.send(Request::LateWrites(writes));
+        self.ringer.ring();
+    }
 }
 
 /// The source's filter.
@@ -109,6 +128,8 @@ impl SourceFilter {
             aborted: Arc::clone(&aborted),
             mode: if side.is_some() { Mode::Filter } else { Mode::PassThrough },
             may_refer: side.is_some() && config.references,
+            target_knows_us: side.is_some(),
+            late_writes: None,
             side,
             map,
             window,
@@ -166,6 +187,11 @@ impl SourceFilter {
     /// Tells that the domain is suspended: nothing goes by reference from here on, drained or not.
     pub fn suspended(&self) {
         self.ask(Request::Suspended);
+    }
+
+    /// A way to say which pages were written after the suspension; see [`LateWritesTeller`].
+    pub fn late_writes_teller(&self) -> LateWritesTeller {
+        LateWritesTeller { requests: self.requests.clone(), ringer: self.ringer.clone() }
     }
 
     /// The counters as they are now.

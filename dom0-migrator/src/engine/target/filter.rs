@@ -10,6 +10,7 @@ use super::side::{Saying, Side, Verdict};
 use crate::engine::config::Config;
 use crate::engine::descriptor::{Bell, Input, Output, Ringer};
 use crate::engine::error::{EngineError, StreamProblem};
+use crate::engine::late_writes::{self, LateWrites};
 use crate::engine::memory_record::{self, MemoryRecord, PrivateRecord, SpanKind};
 use crate::engine::restorer::{Batch, Key, Restorer, Wanted};
 use crate::engine::side_message::Refusal;
@@ -19,12 +20,16 @@ use crate::engine::xen_stream::{
     record,
 };
 
+/// Longest body of a record of ours.
+const MAX_PRIVATE: usize = memory_record::MAX_BODY;
+const _: () = assert!(late_writes::MAX_BODY <= MAX_PRIVATE);
+
 /// Where the stream is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Phase {
     /// Memory may come in any form.
     Memory,
-    /// After VERIFY: every page travels.
+    /// After VERIFY: every page travels, and late writes may be named.
     Verify,
 }
 
@@ -61,6 +66,7 @@ pub(super) struct Filter {
     pub(super) stats: TargetStats,
     pub(super) shared: Arc<Mutex<TargetStats>>,
     pub(super) disks: Vec<DiskSummary>,
+    pub(super) late_writes: LateWrites,
     pub(super) body: Vec<u8>,
     pub(super) head: Vec<u8>,
 }
@@ -277,20 +283,28 @@ impl Filter {
     }
 
     fn private_record(&mut self, header: RecordHeader) -> Result<(), EngineError> {
-        if self.phase == Phase::Verify {
-            return Err(header.error(StreamProblem::Forbidden("after VERIFY every page travels as it is")));
-        }
         self.notice_agreement()?;
         if self.session.is_none() {
             return Err(header.error(StreamProblem::Forbidden("no hello has been answered")));
         }
-        let body = self.read_body(header, memory_record::MAX_BODY, "a private record")?;
+        let body = self.read_body(header, MAX_PRIVATE, "a private record")?;
         let record = PrivateRecord::parse(body.get(..header.length as usize).unwrap_or(&body))
             .map_err(|problem| header.error(problem))?;
-        match record {
-            PrivateRecord::Memory(record) => self.rebuild(header, &record)?,
+        match (record, self.phase) {
+            (PrivateRecord::LateWrites(body), Phase::Verify) => {
+                self.late_writes.add(body).map_err(|problem| header.error(problem))?;
+            }
+            (PrivateRecord::LateWrites(_), Phase::Memory) => {
+                return Err(header.error(StreamProblem::Forbidden("late writes are named after VERIFY")));
+            }
+            (_, Phase::Verify) => {
+                return Err(
+                    header.error(StreamProblem::Forbidden("after VERIFY every page travels as it is"))
+                );
+            }
+            (PrivateRecord::Memory(record), Phase::Memory) => self.rebuild(header, &record)?,
             // What came before has been handed on before this record was read.
-            PrivateRecord::Sync(number) => self.say(Saying::Synced(number)),
+            (PrivateRecord::Sync(number), Phase::Memory) => self.say(Saying::Synced(number)),
         }
         self.body = body;
         Ok(())

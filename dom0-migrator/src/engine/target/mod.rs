@@ -25,6 +25,7 @@ use std::thread::JoinHandle;
 use super::config::Config;
 use super::descriptor::{Input, Output, Ringer, bell};
 use super::error::EngineError;
+use super::late_writes::LateWrites;
 use super::summary::{TargetStats, TargetSummary};
 use filter::{Filter, Phase};
 use side::Side;
@@ -79,6 +80,7 @@ impl TargetFilter {
             stats: TargetStats::default(),
             shared: Arc::clone(&stats),
             disks: Vec::new(),
+            late_writes: LateWrites::default(),
             body: Vec::new(),
             head: Vec::new(),
         };
@@ -91,7 +93,12 @@ impl TargetFilter {
                 if let Some(side) = filter.side.take() {
                     side.close(poolskip && result.is_ok());
                 }
-                let summary = TargetSummary { stats: filter.stats, poolskip, disks: filter.disks };
+                let summary = TargetSummary {
+                    stats: filter.stats,
+                    poolskip,
+                    disks: filter.disks,
+                    late_writes: filter.late_writes,
+                };
                 result.map(|()| summary)
             })
             .map_err(EngineError::Start)?;

@@ -13,7 +13,7 @@ use super::guest_stream::{
 use super::pair::{AFTER_END, Pair, XVDA, config, disk, map};
 use crate::engine::xen_stream::{PAGE, PageData, XALLOC, record as kinds};
 use crate::engine::{
-    Config, DiskName, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts, Way,
+    Config, DiskName, LateWrites, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts, Way,
 };
 
 /// 64 pages: zeros, pages on the disk, others, page tables, unpopulated ones.
@@ -47,6 +47,28 @@ fn whole_stream(passes: &[Vec<Sent>], verify: bool) -> Vec<u8> {
     }
     stream.extend(ending());
     stream
+}
+
+#[test]
+fn the_target_is_told_which_pages_were_written_after_the_suspension() {
+    let disk = disk(8);
+    let mut pair = Pair::simple(map([]), &disk, config());
+    let mut stream = beginning();
+    stream.extend(page_data(&[Sent::page(1, other_page(1)), Sent::page(9, other_page(2))]));
+    stream.extend(record(kinds::VERIFY, &[]));
+    stream.extend(page_data(&[Sent::page(1, other_page(1)), Sent::page(9, other_page(3))]));
+    pair.write(&stream);
+    let late = LateWrites::from_bitmap(&[0b1000_0000, 0b0000_0010]);
+    pair.source.late_writes_teller().tell(late.clone());
+    let rest = ending();
+    pair.write(&rest);
+    stream.extend(rest);
+    let outcome = pair.finish();
+    assert_eq!(outcome.source.unwrap().stats.pages_written_late, 2);
+    assert_eq!(outcome.target.unwrap().late_writes, late);
+    // libxenguest gets what libxenguest sent, and finds the page that differs.
+    assert_eq!(outcome.stream, stream);
+    assert_eq!(restore(&outcome.stream).verify_mismatches, [9]);
 }
 
 #[test]
