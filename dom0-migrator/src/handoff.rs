@@ -26,6 +26,7 @@ use nix::sys::socket::{
 use serde::{Deserialize, Serialize};
 
 use crate::engine::{TRAVEL_BYTES_MAX, Travel};
+use crate::helper::policy::Limits;
 use crate::parcel;
 use crate::report::{CarriedReport, RestoreReport, SaveReport};
 use crate::timeline::{Mark, SourceSample};
@@ -67,6 +68,9 @@ pub struct Order {
     pub wait_lists_seconds: u64,
     /// Whether all pages are to be compared at the end. The target then fails when nothing was compared.
     pub debug: bool,
+    /// Source: when to suspend the domain.
+    #[serde(default)]
+    pub limits: Limits,
 }
 
 /// What a helper says.
@@ -347,7 +351,13 @@ mod tests {
         let peer = listener.accept().unwrap();
         let hello = peer.hear().unwrap().unwrap();
         assert!(matches!(hello, Event::Hello { role: Role::Save, domain: Some(DomainId(4)), .. }));
-        let order = Order { socket: true, references: true, wait_lists_seconds: 30, debug: false };
+        let order = Order {
+            socket: true,
+            references: true,
+            wait_lists_seconds: 30,
+            debug: false,
+            limits: Limits::DEFAULT,
+        };
         peer.order(&order, Some(&near.into())).unwrap();
         let mut text = String::new();
         far.read_to_string(&mut text).unwrap();

@@ -96,7 +96,8 @@ pub struct RestoreReport {
     pub verified: bool,
     /// Pages that differed; none when nothing was compared. Without those of `verify_late_writes`.
     pub verify_mismatches: Option<u64>,
-    /// Pages that differed since a backend wrote to them after the suspension, which Xen's comparison counts too.
+    /// Pages that differed since the source itself did not send the same bytes again: something wrote to them after the suspension.
+    /// Xen's own comparison counts these too.
     #[serde(default)]
     pub verify_late_writes: Option<u64>,
     /// All counters of the filter.

@@ -240,7 +240,8 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
-fn target_directory() -> Result<PathBuf> {
+/// Where cargo puts what it builds.
+pub fn target_directory() -> Result<PathBuf> {
     let words = run(cargo().args(["metadata", "--format-version=1", "--no-deps", "--locked"]))?;
     let metadata: serde_json::Value =
         serde_json::from_slice(&words).context("cannot read cargo's metadata")?;

@@ -28,6 +28,7 @@ use super::{
 };
 use crate::control::{self, Connection, FromSource, FromTarget, HelperKind, LineError, TargetOutcome, Token};
 use crate::handoff::{Event, HandoffError, Listener, Order, Peer, Role};
+use crate::helper::policy::Limits;
 use crate::lists::Requester;
 use crate::report::{CarriedReport, SaveReport};
 use crate::xen::control::Control;
@@ -145,6 +146,7 @@ fn migrate(
         references: !options.no_references,
         wait_lists_seconds: options.wait_lists,
         debug: options.debug,
+        limits: Limits { max_downtime_ms: options.max_downtime, on_stall: options.on_stall },
     };
     serve(&listener, &link, order, tell).map_err(system("handoff"))?;
     let progress = Progress::new(options.progress, &domain.name, &options.target);

@@ -25,6 +25,8 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser};
 
+use crate::helper::policy::{Limits, OnStall};
+
 /// Exit code: the domain runs at the target.
 pub const EXIT_MIGRATED: u8 = 0;
 /// Exit code: the migration failed, and the domain runs on here.
@@ -95,6 +97,13 @@ pub struct Migrate {
     /// Seconds that the guest may take to publish its lists.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub wait_lists: u64,
+    /// Downtime to be had if possible: while rounds of the pre-copy still make it shorter, and for up to 30 of them, they go on after
+    /// the fifth.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = Limits::DEFAULT.max_downtime_ms)]
+    pub max_downtime: u64,
+    /// What to do when rounds no longer make the downtime shorter, and it would be longer than that.
+    #[arg(long, value_enum, default_value_t = OnStall::Stop)]
+    pub on_stall: OnStall,
 }
 
 /// Options of `receive`.

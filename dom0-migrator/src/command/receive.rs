@@ -23,6 +23,7 @@ use crate::control::{
     self, Connection, FromSource, FromTarget, HelperKind, LineError, TargetOutcome, Token, VERSION,
 };
 use crate::handoff::{Event, HandoffError, Listener, Order, Peer};
+use crate::helper::policy::Limits;
 use crate::report::RestoreReport;
 use crate::xen::DomainId;
 use crate::xenstore::{Store, StoreError, Xenstore};
@@ -319,7 +320,13 @@ fn receive(
     let Migration { name, helper, compare } = *migration;
     let heard = Arc::new(Heard::default());
     let listener = Arc::new(Listener::bind()?);
-    let order = Order { socket: true, references: true, wait_lists_seconds: 0, debug: compare };
+    let order = Order {
+        socket: true,
+        references: true,
+        wait_lists_seconds: 0,
+        debug: compare,
+        limits: Limits::DEFAULT,
+    };
     serve(&listener, side, order, &heard).map_err(system("handoff"))?;
     let mut xl = start_xl(helper, &listener, stream, &heard).map_err(system("xl migrate-receive"))?;
     let mut deadline: Option<Instant> = None;

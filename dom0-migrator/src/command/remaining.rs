@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::helper::policy::{FEW_DIRTY_PAGES, MAX_ROUNDS};
+use crate::helper::policy::{FEW_DIRTY_PAGES, MOST_ROUNDS, STOCK_ROUNDS};
 
 /// Seconds over which the present rate is taken: long enough for a mean over runs of zeros, references and contents.
 const WINDOW_SECONDS: f64 = 10.0;
@@ -74,11 +74,13 @@ impl Estimator {
         // Each pass after this one sends what became dirty during the one before it.
         let mut pass = now - self.began + left;
         let mut all = left;
-        for _ in self.round..=MAX_ROUNDS {
+        for number in self.round.saturating_add(1)..=MOST_ROUNDS + 1 {
             let pages = dirty_rate * pass;
             pass = pages / rate;
             all += pass;
-            if pages < FEW_DIRTY_PAGES as f64 {
+            // As the policy does unless it was told to go on when passes no longer shrink. It may stop sooner, too: then it was less.
+            let is_stalled = number > STOCK_ROUNDS && dirty_rate >= rate;
+            if is_stalled || pages < FEW_DIRTY_PAGES as f64 {
                 break;
             }
         }
@@ -120,7 +122,7 @@ mod tests {
                 now += 1.0;
             }
             now = end;
-            if number > MAX_ROUNDS || left < FEW_DIRTY_PAGES as u64 {
+            if number > STOCK_ROUNDS || left < FEW_DIRTY_PAGES {
                 return (said, now);
             }
             (left, number) = (((end - began) * dirty) as u64, number + 1);

@@ -84,7 +84,7 @@ pub struct Summary {
     pub lists_problem: Option<String>,
     /// Pages that differed at the target; null when nothing was compared.
     pub verify_mismatches: Option<u64>,
-    /// Pages that differed since a backend of the source wrote to them after the suspension: nothing is lost by it.
+    /// Pages that differed since they were written after the suspension, by backends or by Xen: nothing is lost by it.
     pub verify_late_writes: Option<u64>,
     /// All counters of the source's filter.
     pub source: Option<serde_json::Value>,
@@ -197,7 +197,7 @@ impl fmt::Display for Summary {
         if let Some(mismatches) = self.verify_mismatches {
             row("compared", format!("{} pages, {mismatches} differ", count(self.pages_verified)))?;
             if let Some(late) = self.verify_late_writes.filter(|&late| late > 0) {
-                row("  written late", format!("{late} more, by backends after the suspension"))?;
+                row("  written late", format!("{late} more, after the suspension"))?;
             }
         }
         Ok(())

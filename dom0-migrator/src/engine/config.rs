@@ -21,21 +21,29 @@ pub struct Config {
     pub window_bytes: u64,
     /// Source: whether pages may go by reference at all; zero markers and run markers are used either way.
     pub references: bool,
+    /// Source: whether VERIFY will come, so that pages written after the suspension have to be told apart.
+    pub compare: bool,
     /// Source: passes over memory, counted from the first, in which pages may go by reference. A page that is sent again
     /// was written to after the lists were taken, so its hint is most likely stale: 1 by default.
     pub reference_passes: u32,
-    /// Source: threads that hash the pages of one record, the filter's own among them.
+    /// Both: threads that hash pages. Each of the source's holds a record of 4 MiB.
     pub hashers: usize,
     /// Source: how long [`SourceFilter::drain`](super::SourceFilter::drain) waits before it sends retained pages raw.
     pub drain_timeout: Duration,
     /// Source: how long the target may take to answer the hello. The target waits for the hello as long as the stream lasts,
     /// since the source may first wait for the guest's lists.
     pub hello_timeout: Duration,
-    /// Target: threads that read disks.
+    /// Target: whether disks are read through io_uring, where the kernel has it.
+    pub io_uring: bool,
+    /// Target: reads in flight to begin with, and at most; between the two, as many as the disks are worth.
+    pub queue_depth_first: usize,
+    /// Target: reads in flight at most.
+    pub queue_depth: usize,
+    /// Target: threads that read disks without io_uring.
     pub readers: usize,
     /// Target: most bytes of one read.
     pub read_bytes: usize,
-    /// Target: bytes of disk reads in flight, from the request to the page's way into the stream.
+    /// Target: memory for disk reads in bytes, from the request until the page is in libxenguest's pipe.
     pub in_flight_bytes: usize,
     /// Target: unread bytes that a read may span to take in the next reference too.
     pub gap_bytes: u64,
@@ -51,13 +59,17 @@ impl Default for Config {
         Self {
             window_bytes: 256 << 20,
             references: true,
+            compare: false,
             reference_passes: 1,
             hashers: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4)),
             drain_timeout: Duration::from_secs(30),
             hello_timeout: Duration::from_secs(30),
+            io_uring: true,
+            queue_depth_first: 8,
+            queue_depth: 64,
             readers: 4,
             read_bytes: 1 << 20,
-            in_flight_bytes: 64 << 20,
+            in_flight_bytes: 256 << 20,
             gap_bytes: 16 << 10,
             max_outstanding: 4 << 20,
             own_disks: None,

@@ -5,6 +5,7 @@ use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -47,6 +48,9 @@ impl Bell {
     }
 }
 
+/// What ends a read before it is done: the flag, and the bell that says to look at it.
+pub type Until<'a> = (&'a Bell, &'a AtomicBool);
+
 /// The end that a filter reads: never a byte more than it is asked for.
 #[derive(Debug)]
 pub struct Input {
@@ -65,18 +69,21 @@ impl Input {
     }
 
     /// Reads and checks the image and domain headers, with which a stream begins.
-    pub fn read_stream_headers(&mut self) -> Result<[u8; IMAGE_HEADER + DOMAIN_HEADER], EngineError> {
+    pub fn read_stream_headers(
+        &mut self,
+        until: Until<'_>,
+    ) -> Result<[u8; IMAGE_HEADER + DOMAIN_HEADER], EngineError> {
         let mut headers = [0; IMAGE_HEADER + DOMAIN_HEADER];
-        self.read_exact(&mut headers, "the image and domain headers")?;
+        self.read_exact(&mut headers, "the image and domain headers", until)?;
         check_headers(&headers).map_err(EngineError::Header)?;
         Ok(headers)
     }
 
     /// Reads a record's header; one that is longer than any record may be is refused.
-    pub fn read_record_header(&mut self) -> Result<RecordHeader, EngineError> {
+    pub fn read_record_header(&mut self, until: Until<'_>) -> Result<RecordHeader, EngineError> {
         let offset = self.offset;
         let mut bytes = [0; RECORD_HEADER];
-        self.read_exact(&mut bytes, "a record's header")?;
+        self.read_exact(&mut bytes, "a record's header", until)?;
         let header = RecordHeader::parse(&bytes, offset);
         if header.length > MAX_RECORD {
             let (length, expected) = (u64::from(header.length), u64::from(MAX_RECORD));
@@ -85,10 +92,20 @@ impl Input {
         Ok(header)
     }
 
-    /// Fills the buffer.
-    pub fn read_exact(&mut self, buffer: &mut [u8], what: &'static str) -> Result<(), EngineError> {
+    /// Fills the buffer, unless it is told to stop.
+    pub fn read_exact(
+        &mut self,
+        buffer: &mut [u8],
+        what: &'static str,
+        (bell, stop): Until<'_>,
+    ) -> Result<(), EngineError> {
         let mut filled = 0;
         while let Some(rest) = buffer.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+            while !self.wait(bell, None)? {
+                if stop.load(Ordering::Relaxed) {
+                    return Err(EngineError::Aborted);
+                }
+            }
             match self.file.read(rest) {
                 Ok(0) => return Err(EngineError::Truncated { what, offset: self.offset }),
                 Ok(n) => {
@@ -96,9 +113,7 @@ impl Input {
                     self.offset += n as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    wait_for(self.file.as_fd(), PollFlags::POLLIN).map_err(|e| self.error(e))?;
-                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(self.error(error)),
             }
         }
@@ -157,11 +172,6 @@ impl Output {
     /// Bytes written so far.
     pub fn bytes(&self) -> u64 {
         self.bytes
-    }
-
-    /// Writes all of it.
-    pub fn write_all(&mut self, bytes: &[u8]) -> Result<(), EngineError> {
-        self.write_slices(&mut [IoSlice::new(bytes)])
     }
 
     /// Writes all slices, in order.

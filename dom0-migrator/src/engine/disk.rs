@@ -5,6 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
@@ -108,11 +109,22 @@ impl Disk {
     }
 }
 
+impl AsRawFd for Disk {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
 /// Memory that O_DIRECT can read into; taken from the system when it is first used.
 #[derive(Debug, Default)]
 pub struct AlignedBuffer(Vec<u8>);
 
 impl AlignedBuffer {
+    /// One that will take slices of up to this length without being moved.
+    pub fn with_room(length: usize) -> Self {
+        Self(vec![0; length + ALIGNMENT])
+    }
+
     /// An aligned slice of this length.
     pub fn get(&mut self, length: usize) -> &mut [u8] {
         if self.0.len() < length + ALIGNMENT {

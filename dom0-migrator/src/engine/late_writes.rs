@@ -1,18 +1,21 @@
-//! Pages that may have been written after the domain was suspended, which a debug migration has to tell from pages that went wrong.
+//! Pages that were written after the domain was suspended, which a debug migration has to tell from pages that went wrong.
 //!
-//! A suspended domain writes nothing, but the backends of its devices go on. Such a page has been sent before, and VERIFY then sends
-//! what is in it now. Nothing is lost by it, since a frontend begins anew at the target, with empty rings, and asks again for what it
-//! had asked for; libxenguest's comparison counts it all the same, with the stock helper too. There are two ways to write, and the
-//! source names in a record of its own what either may have changed:
+//! A suspended domain writes nothing, but others write to its memory. netback copies a packet that arrives into a buffer that the
+//! guest has left in its ring; blkback writes the answer to a request that was under way into the ring, and the data before; Xen
+//! marks an event in the guest's event words and in `vcpu_info`. Such a page has been sent before, and VERIFY then sends what is in
+//! it now. Nothing is lost by it: at the target a frontend begins anew with empty rings and event channels, and asks again for what it
+//! had asked for. libxenguest's comparison counts such a page all the same, with the stock helper too.
 //!
-//! * by grant copy, as netback does with a packet that arrives: Xen logs the page like any other write, and nobody has read that
-//!   log since the last pass, so what is in it when VERIFY is through are exactly these;
-//! * through a mapping of a granted frame, as with the rings themselves (blkback writes an answer into one when an I/O ends): Xen
-//!   does not see the single write, but its grant table says which frames are mapped for writing.
+//! Not every such write is in a log (Xen's own and those through a mapped grant are not), but the source's filter sees every byte that
+//! libxenguest sends: a page is one of these exactly if the bytes that VERIFY brings are not those that were sent last. The source says
+//! which they are in a record of its own. Any other page that differs at the target is there other than libxenguest sent it:
+//! that is what a filter must never do, whatever the hints were, and it ends the migration.
+
+use std::collections::HashMap;
 
 use super::error::StreamProblem;
 use super::memory_record::{MAGIC, VERSION};
-use super::xen_stream::{MAX_PFN, u32_at, u64_at};
+use super::xen_stream::{MAX_PFN, PAGE, PageData, has_data, u32_at, u64_at};
 
 /// Kind of the record.
 pub const KIND: u16 = 3;
@@ -34,14 +37,12 @@ pub struct LateWrites {
 }
 
 impl LateWrites {
-    /// The PFNs whose bits are set: PFN `n` is bit `n % 8` of byte `n / 8`.
-    pub fn from_bitmap(bitmap: &[u8]) -> Self {
+    /// These PFNs, in any order.
+    pub fn new(mut pfns: Vec<u64>) -> Self {
+        pfns.sort_unstable();
+        pfns.dedup();
         let mut writes = Self::default();
-        for (at, &byte) in bitmap.iter().enumerate().filter(|&(_, &byte)| byte != 0) {
-            for bit in (0..8).filter(|bit| byte & (1 << bit) != 0) {
-                writes.push_run(at as u64 * 8 + bit, 1);
-            }
-        }
+        pfns.into_iter().for_each(|pfn| writes.push_run(pfn, 1));
         writes
     }
 
@@ -126,6 +127,48 @@ impl LateWrites {
     }
 }
 
+/// PFNs in one piece of [`LastSent`].
+const PIECE: u64 = 4096;
+
+/// What was sent last for each PFN: 4 bytes of a hash each, so 1 GiB for a guest of 1 TiB. That is enough, for the error is on the safe
+/// side: of the pages that were written late one in 4 thousand million is not noticed, and counts as different.
+#[derive(Debug, Default)]
+pub struct LastSent {
+    /// By the number of the piece; 0 is a page that was never sent.
+    pieces: HashMap<u64, Box<[u32]>>,
+    late: Vec<u64>,
+}
+
+impl LastSent {
+    /// Notes the pages of a record; after VERIFY, compares them with what was noted. A page that was never sent is not written late.
+    pub fn see(&mut self, pages: &PageData<'_>, verify: bool) {
+        let mut data = pages.data.chunks_exact(PAGE);
+        for entry in pages.entries() {
+            let now = if has_data(entry.page_type) { data.next().map_or(0, mark) } else { 0 };
+            let piece = self
+                .pieces
+                .entry(entry.pfn / PIECE)
+                .or_insert_with(|| vec![0; PIECE as usize].into_boxed_slice());
+            let Some(last) = piece.get_mut((entry.pfn % PIECE) as usize) else { continue };
+            if !verify {
+                *last = now;
+            } else if *last != now && *last != 0 && self.late.len() < MAX_ALL {
+                self.late.push(entry.pfn);
+            }
+        }
+    }
+
+    /// The pages that VERIFY brought other than they were sent last.
+    pub fn into_late_writes(self) -> LateWrites {
+        LateWrites::new(self.late)
+    }
+}
+
+/// Four bytes of a page's hash, never 0.
+fn mark(page: &[u8]) -> u32 {
+    u32_at(blake3::hash(page).as_bytes(), 0).unwrap_or(0).max(1)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -142,8 +185,8 @@ mod tests {
     }
 
     #[test]
-    fn bits_become_runs() {
-        let writes = LateWrites::from_bitmap(&[0, 0b1000_0110, 0b0000_0001, 0, 0x80]);
+    fn pfns_become_runs() {
+        let writes = LateWrites::new(vec![39, 9, 16, 10, 15, 9]);
         assert_eq!(writes.runs, [(9, 2), (15, 2), (39, 1)]);
         assert_eq!(writes.len(), 5);
         assert!(back(&LateWrites::default()).is_empty());
@@ -151,8 +194,7 @@ mod tests {
 
     #[test]
     fn more_than_one_record_holds_takes_several() {
-        let bitmap = vec![0b0101_0101; 3000];
-        let writes = LateWrites::from_bitmap(&bitmap);
+        let writes = LateWrites::new((0..12_000).map(|i| 2 * i).collect());
         assert_eq!((writes.len(), writes.bodies().count()), (12_000, 3));
         assert_eq!(back(&writes), writes);
     }
@@ -171,11 +213,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_in_the_bitmap_is_in_the_runs(bitmap in proptest::collection::vec(any::<u8>(), 0..200)) {
-            let writes = back(&LateWrites::from_bitmap(&bitmap));
-            for pfn in 0..bitmap.len() as u64 * 8 + 8 {
-                let set = bitmap.get(pfn as usize / 8).is_some_and(|byte| byte & (1 << (pfn % 8)) != 0);
-                prop_assert_eq!(writes.contains(pfn), set);
+        fn what_went_in_is_in_the_runs(pfns in proptest::collection::vec(0_u64..300, 0..200)) {
+            let writes = back(&LateWrites::new(pfns.clone()));
+            for pfn in 0..301 {
+                prop_assert_eq!(writes.contains(pfn), pfns.contains(&pfn));
             }
         }
 

@@ -35,12 +35,17 @@
 
 mod config;
 mod descriptor;
-mod disk;
+pub mod disk;
 mod error;
+mod intake;
 pub mod late_writes;
 pub mod memory_record;
+mod outlet;
+mod page_hash;
+mod pfn_hash;
+mod pool;
 mod reference_map;
-mod restorer;
+pub mod restorer;
 pub mod side_message;
 mod source;
 mod summary;
@@ -57,7 +62,7 @@ pub use config::{Config, DiskName};
 pub use error::{EngineError, HeaderProblem, SideError, StreamProblem};
 pub use late_writes::LateWrites;
 pub use reference_map::{MapError, Place, ReferenceMap};
-pub use source::{LateWritesTeller, SourceFilter, SourceParts};
+pub use source::{SourceFilter, SourceParts};
 pub use summary::{
     DiskSummary, DrainReport, RefusalCounts, SourceStats, SourceSummary, TargetStats, TargetSummary,
 };

@@ -36,7 +36,7 @@ pub struct SourceStats {
     pub pages_without_data: u64,
     /// Pages that VERIFY sent again.
     pub pages_verified: u64,
-    /// Pages that a backend wrote to after the suspension, told to a target that compares.
+    /// Pages that VERIFY brought other than they were sent last: written after the suspension, and told to the target.
     pub pages_written_late: u64,
     /// Listed pages that went raw since the window was full.
     pub pages_window_full: u64,
@@ -180,7 +180,7 @@ pub struct TargetSummary {
     pub poolskip: bool,
     /// The disks.
     pub disks: Vec<DiskSummary>,
-    /// Pages that a backend wrote to after the suspension: they may differ from what VERIFY brings.
+    /// Pages that were written after the suspension: VERIFY brings other bytes than were sent last.
     #[serde(skip)]
     pub late_writes: LateWrites,
 }

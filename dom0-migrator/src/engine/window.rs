@@ -1,7 +1,8 @@
 //! The source's copies of pages that went by reference, kept until the references are settled.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
+use super::pfn_hash::PfnMap;
 use super::xen_stream::PAGE;
 
 /// Pages in one chunk of the arena: 2 MiB.
@@ -32,7 +33,7 @@ pub struct Window {
     free: Vec<u32>,
     taken: u32,
     capacity: u32,
-    by_pfn: HashMap<u64, u64>,
+    by_pfn: PfnMap<u64>,
     /// The references from number `first` on: slot and PFN.
     numbers: VecDeque<(u32, u64)>,
     first: u64,
@@ -47,7 +48,7 @@ impl Window {
             free: Vec::new(),
             taken: 0,
             capacity: capacity.min(SETTLED - 1),
-            by_pfn: HashMap::new(),
+            by_pfn: PfnMap::default(),
             numbers: VecDeque::new(),
             first: 0,
             next: 0,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::arguments::RestoreArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::{Callback, CallbackSet, Message};
+use super::policy::Limits;
 use super::sampling::RestoreSampling;
 use super::stream::LibraryEnd;
 use super::verify::VerifyWatch;
@@ -17,7 +18,8 @@ use crate::xen::guest::{RestoreCallbacks, Restored};
 use crate::xen::logger::{Level, Sink};
 
 /// What a helper does that no command of ours has started: there is no side channel, and nothing is known of the source.
-const ALONE: Order = Order { socket: false, references: false, wait_lists_seconds: 0, debug: false };
+const ALONE: Order =
+    Order { socket: false, references: false, wait_lists_seconds: 0, debug: false, limits: Limits::DEFAULT };
 
 /// How long a filter may take to end once the library has.
 const FAREWELL: Duration = Duration::from_secs(5);

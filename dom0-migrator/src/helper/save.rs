@@ -10,10 +10,10 @@ use enlightenment::xenstore::RequestKind;
 use super::arguments::SaveArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::Message;
+use super::policy::{Limits, Observed, Policy};
 use super::sampling::SaveSampling;
 use super::stream::{LibraryEnd, Terminated};
-use super::verify::{LateWritesReader, LateWritesWatch};
-use super::{HelperError, Libraries, complete, policy, take_descriptor};
+use super::{HelperError, Libraries, complete, take_descriptor};
 use crate::disks;
 use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts};
 use crate::handoff::{Event, Order, Peer, Role};
@@ -21,15 +21,14 @@ use crate::lists::{self, Requester};
 use crate::report::SaveReport;
 use crate::timeline::Moment;
 use crate::xen::DomainId;
-use crate::xen::grants::Grants;
 use crate::xen::guest::{Precopy, PrecopyStats, SaveCallbacks};
 use crate::xen::logger::{Level, Sink};
-use crate::xen::release::Release;
-use crate::xenstore::{Store, Xenstore};
+use crate::xenstore::Xenstore;
 
 /// What a helper does that no command of ours has started: it takes zero pages out of nothing, since there is no side channel,
 /// and is otherwise libxl's own.
-const ALONE: Order = Order { socket: false, references: false, wait_lists_seconds: 0, debug: false };
+const ALONE: Order =
+    Order { socket: false, references: false, wait_lists_seconds: 0, debug: false, limits: Limits::DEFAULT };
 
 /// `XCFLAGS_DEBUG`: all pages are sent again at the end, and compared.
 const SAVE_DEBUG: u32 = 1 << 1;
@@ -76,13 +75,7 @@ fn save(
         None => (ALONE, None),
     };
     let round = Arc::new(AtomicU32::new(0));
-    let late_writes = Arc::new(LateWritesWatch::default());
-    let sink = Arc::new(Progress {
-        channel: channel.clone(),
-        peer: peer.cloned(),
-        round: round.clone(),
-        late_writes: late_writes.clone(),
-    });
+    let sink = Arc::new(Progress { channel: channel.clone(), peer: peer.cloned(), round: round.clone() });
     let libraries = Libraries::open(sink)?;
     let mut hints = Hints::take(domain, &order, side.is_some(), &libraries, channel, peer, report);
     let engine = SourceFilter::start(SourceParts {
@@ -91,16 +84,17 @@ fn save(
         side,
         map: hints.map.take().unwrap_or_else(|| ReferenceMap::new(Pfn(0))),
         disks: std::mem::take(&mut hints.disks),
-        config: Config { references: order.references, ..Config::default() },
+        config: Config {
+            references: order.references,
+            compare: arguments.flags & SAVE_DEBUG != 0,
+            ..Config::default()
+        },
     })?;
-    if arguments.flags & SAVE_DEBUG != 0 {
-        let reader = late_writes_reader(domain, channel)?;
-        late_writes.arm(reader, engine.late_writes_teller());
-    }
     hints.tell(RequestKind::Begun);
     let sampling = SaveSampling::start(started, peer, &engine);
-    let mut saver =
-        Saver { channel: channel.clone(), engine, sampling, terminated: terminated.clone(), round };
+    let policy = Policy::new(order.limits);
+    let (channel, terminator, began) = (channel.clone(), terminated.clone(), Instant::now());
+    let mut saver = Saver { channel, engine, sampling, terminated: terminator, round, policy, began };
     let saved =
         libraries.guest.save(&libraries.control, library_end.as_fd(), domain, arguments.flags, &mut saver);
     // The end of the stream for the filter; the thread that waits for SIGTERM keeps a copy, so it is said aloud.
@@ -124,19 +118,6 @@ fn save(
         hints.tell(RequestKind::Ended);
     }
     result
-}
-
-/// What a debug migration reads at its end, opened before anything can go wrong.
-fn late_writes_reader(domain: DomainId, channel: &Arc<Channel>) -> Result<LateWritesReader, HelperError> {
-    let Libraries { control, guest } = Libraries::open(channel.clone())?;
-    let kind = Xenstore::open()
-        .and_then(|mut store| store.read_text(&format!("/libxl/{domain}/type")))
-        .inspect_err(|error| tracing::warn!(%error, "the domain's kind is not known, it is taken for PV"))
-        .ok()
-        .flatten();
-    let is_pv = !matches!(kind.as_deref(), Some("pvh" | "hvm"));
-    let grants = Grants::open(Release::running()?)?;
-    Ok(LateWritesReader { control, guest, grants, domain, is_pv })
 }
 
 /// Whether a filter failed only because the library stopped writing.
@@ -240,6 +221,8 @@ struct Saver {
     sampling: SaveSampling,
     terminated: Terminated,
     round: Arc<AtomicU32>,
+    policy: Policy,
+    began: Instant,
 }
 
 impl Saver {
@@ -269,31 +252,36 @@ impl SaveCallbacks for Saver {
         if self.terminated.get() || self.engine.is_finished() {
             return Precopy::Abort;
         }
-        let decision = policy::stock(stats);
+        let bytes_sent = self.engine.stats().bytes_out;
+        let decision = self.policy.decide(Observed::new(stats, bytes_sent, self.began.elapsed()));
+        self.channel.log(Level::INFO, &decision.to_string());
+        let mut answer = decision.answer;
         if stats.dirty_count > 0 {
             self.enter_round(stats.iteration, u64::try_from(stats.dirty_count).ok());
         }
-        if decision == Precopy::StopAndCopy {
+        if answer == Precopy::StopAndCopy {
             // Nothing may wait for storage while the domain is suspended.
             self.sampling.mark(Moment::Drain);
             let drained = self.engine.drain();
             self.sampling.mark(Moment::Drained);
             match drained {
-                Ok(drained) => self.channel.log(
-                    Level::INFO,
-                    &format!(
+                Ok(drained) => {
+                    let words = format!(
                         "drained in {:.2} s: {} references outstanding, {} accepted, {} refused, {} replaced",
                         drained.seconds,
                         drained.outstanding,
                         drained.accepted,
                         drained.refused,
                         drained.replaced
-                    ),
-                ),
+                    );
+                    self.channel.log(Level::INFO, &words);
+                    answer =
+                        self.policy.drained(Duration::try_from_secs_f64(drained.seconds).unwrap_or_default());
+                }
                 Err(_) => return Precopy::Abort,
             }
         }
-        decision
+        answer
     }
 
     fn switch_qemu_logdirty(&mut self, domain: DomainId, enable: bool) -> i32 {
@@ -307,7 +295,6 @@ struct Progress {
     channel: Arc<Channel>,
     peer: Option<Arc<Peer>>,
     round: Arc<AtomicU32>,
-    late_writes: Arc<LateWritesWatch>,
 }
 
 impl Sink for Progress {
@@ -316,7 +303,6 @@ impl Sink for Progress {
     }
 
     fn progress(&self, context: &str, doing: &str, done: u64, total: u64) {
-        self.late_writes.progress(doing, done, total);
         self.channel.progress(context, doing, done, total);
         if let Some(peer) = &self.peer {
             let round = self.round.load(Ordering::Relaxed);

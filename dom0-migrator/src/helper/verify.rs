@@ -1,20 +1,14 @@
 //! The comparison that a debug migration makes: libxenguest only logs a page that differs; here it is counted, and made an error.
 //!
-//! Pages that a backend wrote to after the suspension differ too, with the stock helper as with ours ([`LateWrites`]): the source
-//! finds out which these can be when the last page has been sent again, and the target takes them out of the count.
+//! Pages that were written after the suspension differ too, with the stock helper as with ours ([`LateWrites`]): the source's filter names
+//! them, and the target takes them out of the count.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use enlightenment::Pfn;
-
-use crate::engine::{LateWrites, LateWritesTeller};
-use crate::xen::control::Control;
-use crate::xen::grants::Grants;
-use crate::xen::guest::Guest;
+use crate::engine::LateWrites;
 use crate::xen::logger::{Level, Sink};
-use crate::xen::{CallError, DomainId};
 
 /// Differing pages that are remembered by number at most; the rest is only counted, and never taken for a late write.
 const MAX_NAMED: usize = 1 << 20;
@@ -24,7 +18,7 @@ const MAX_NAMED: usize = 1 << 20;
 pub struct Differences {
     /// For no known reason.
     pub unexplained: u64,
-    /// Since a backend wrote to them after the suspension.
+    /// Since the source itself did not send the same bytes again.
     pub late_writes: u64,
 }
 
@@ -99,103 +93,6 @@ impl<S: Sink> Sink for VerifyWatch<S> {
     }
 }
 
-/// Finds the late writes at the one moment at which the log of dirty pages holds nothing else: after libxenguest has sent the last page
-/// again, and before it goes on, in the thread in which it does both.
-///
-/// In `xg_sr_save.c`, `verify_frames` names its progress "Frames verify" and reports it as complete after the last page is written
-/// and before the next record. The wording is the same from Xen 4.17 to 4.22; without it nothing is told, and the comparison counts
-/// late writes as differences. It does nothing before [`arm`](Self::arm).
-#[derive(Default)]
-pub struct LateWritesWatch {
-    /// What to read, and whom to tell; set once the filter runs.
-    reader: OnceLock<(LateWritesReader, LateWritesTeller)>,
-    done: AtomicBool,
-}
-
-/// Reads what may have been written to a suspended domain.
-#[derive(Debug)]
-pub struct LateWritesReader {
-    /// A handle of its own: libxenguest's is in use.
-    pub control: Control,
-    /// Knows machine frames.
-    pub guest: Guest,
-    /// Reads the grant table.
-    pub grants: Grants,
-    /// The domain.
-    pub domain: DomainId,
-    /// Whether it is a PV domain, whose grant table has machine frames.
-    pub is_pv: bool,
-}
-
-impl LateWritesReader {
-    fn read(&self) -> Result<LateWrites, CallError> {
-        let mut bitmap = self.control.logdirty_peek(self.domain)?;
-        let logged = LateWrites::from_bitmap(&bitmap).len();
-        match self.grants.mapped_for_writing(&self.control, self.domain) {
-            Ok(frames) => {
-                tracing::info!(logged, mapped = frames.len(), "pages that backends may have written to late");
-                self.mark(&frames, &mut bitmap)?;
-            }
-            Err(error) => {
-                tracing::warn!(%error, "pages that a backend has mapped will count as different if it wrote to them");
-            }
-        }
-        Ok(LateWrites::from_bitmap(&bitmap))
-    }
-
-    /// Sets the bits of the guest frames that the grant table names; `frames` are sorted.
-    fn mark(&self, frames: &[u64], bitmap: &mut [u8]) -> Result<(), CallError> {
-        let mut set = |pfn: u64| {
-            if let Some(byte) = usize::try_from(pfn / 8).ok().and_then(|at| bitmap.get_mut(at)) {
-                *byte |= 1 << (pfn % 8);
-            }
-        };
-        if !self.is_pv {
-            frames.iter().copied().for_each(set);
-            return Ok(());
-        }
-        let table = self.guest.machine_frames(&self.control, self.domain)?;
-        (0..table.len())
-            .filter(|&pfn| table.lookup(Pfn(pfn)).is_some_and(|frame| frames.binary_search(&frame).is_ok()))
-            .for_each(&mut set);
-        Ok(())
-    }
-}
-
-impl std::fmt::Debug for LateWritesWatch {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("LateWritesWatch").field("done", &self.done).finish_non_exhaustive()
-    }
-}
-
-impl LateWritesWatch {
-    /// Has the late writes read by `reader`, and told.
-    pub fn arm(&self, reader: LateWritesReader, teller: LateWritesTeller) {
-        let _ = self.reader.set((reader, teller));
-    }
-
-    /// To be called with each progress that libxenguest reports.
-    pub fn progress(&self, doing: &str, done: u64, total: u64) {
-        let Some((reader, teller)) = self.reader.get().filter(|_| is_verified(doing, done, total)) else {
-            return;
-        };
-        if self.done.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        match reader.read() {
-            Ok(writes) => teller.tell(writes),
-            Err(error) => {
-                tracing::warn!(%error, "pages written after the suspension will count as different")
-            }
-        }
-    }
-}
-
-/// Whether progress says that every page has been sent again.
-fn is_verified(doing: &str, done: u64, total: u64) -> bool {
-    doing.contains("Frames verify") && done == total
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -229,14 +126,7 @@ mod tests {
         {
             watch.message(Level::ERROR, -1, "xc", text);
         }
-        let late = LateWrites::from_bitmap(&[0, 0b0000_0010]);
+        let late = LateWrites::new(vec![9]);
         assert_eq!(watch.differences(&late), Differences { unexplained: 2, late_writes: 1 });
-    }
-
-    #[test]
-    fn the_log_is_read_when_the_last_page_is_through() {
-        assert!(!is_verified("Frames", 10, 10));
-        assert!(!is_verified("Frames verify", 9, 10));
-        assert!(is_verified("Frames verify", 10, 10));
     }
 }

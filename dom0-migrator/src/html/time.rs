@@ -100,7 +100,7 @@ impl<'a> Time<'a> {
         let marks = &self.report.timeline.marks;
         let last = self.source.last().map_or(self.end - self.shift, |sample| sample.seconds);
         let suspended = marks.iter().find(|mark| mark.what == Moment::Suspended).map(|mark| mark.seconds);
-        let mut spans = Vec::new();
+        let mut spans: Vec<(f64, f64, String, &'static str)> = Vec::new();
         for (index, mark) in marks.iter().enumerate() {
             let next = marks.get(index + 1).map_or(last, |next| next.seconds).max(mark.seconds);
             match mark.what {
@@ -115,7 +115,15 @@ impl<'a> Time<'a> {
                     let until = downtime.unwrap_or(last).max(mark.seconds);
                     spans.push((mark.seconds, until, "suspended".to_owned(), "band still"));
                 }
-                Moment::Round { .. } | Moment::Drained => {}
+                // The policy may go on after a drain: then the pass that was to begin does.
+                Moment::Drained => {
+                    let goes_on = marks.get(index + 1).is_some_and(|next| next.what != Moment::Suspended);
+                    let pass = spans.iter().rev().find(|span| span.2.starts_with("pass ")).cloned();
+                    if let Some((.., name, class)) = pass.filter(|_| goes_on) {
+                        spans.push((mark.seconds, next, name, class));
+                    }
+                }
+                Moment::Round { .. } => {}
             }
         }
         spans

@@ -6,7 +6,6 @@
 
 pub mod control;
 pub mod foreign;
-pub mod grants;
 pub mod guest;
 pub mod library;
 pub mod logger;

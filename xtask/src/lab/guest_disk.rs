@@ -40,7 +40,7 @@ const FILES: &[(&str, u32, &str)] = &[
 ///
 /// # Errors
 /// When the mirror cannot be reached, this is not run by root, or the server does not take the data.
-pub(super) fn get() -> Result<PathBuf> {
+pub fn get() -> Result<PathBuf> {
     let server = mysql::root()?;
     let area = Area::open("sid")?;
     // Only what the server's root does not have already, so that nothing in it changes.

@@ -17,6 +17,7 @@ mod run_dir;
 mod shell;
 
 pub use cli::{Args, run};
+pub use guest_disk::get as guest_disk;
 pub use kernel::{guest_kernel_release, kernel_headers};
 pub use machine::Spawned;
 pub use raised::{Lab, Options};

@@ -1,21 +1,21 @@
 //! The source's filter at work: what comes in, record by record.
 
-use std::io::IoSlice;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender, after, never, select_biased};
 
 use super::Request;
 use super::settle::Drain;
-use super::side::Side;
+use super::side::{Side, SideEvent};
+use super::work::{Knowledge, Record, ToWorkers};
 use crate::engine::config::Config;
-use crate::engine::descriptor::{Bell, Input, Output};
 use crate::engine::error::{EngineError, StreamProblem};
-use crate::engine::late_writes::LateWrites;
+use crate::engine::intake::{Arrived, Incoming, Intake};
+use crate::engine::late_writes::LastSent;
 use crate::engine::memory_record::{self, Builder};
-use crate::engine::reference_map::ReferenceMap;
+use crate::engine::outlet::{Outlet, Parcel};
+use crate::engine::pool::{Buffer, Pool};
 use crate::engine::summary::{DrainReport, SourceStats};
 use crate::engine::travel::Travel;
 use crate::engine::window::Window;
@@ -32,104 +32,94 @@ pub(super) enum Mode {
     Verify,
 }
 
-/// Where the stream is in memory. Within a pass PFNs ascend, and the first pass ends with the last PFN of all, so a PFN that
-/// is not above the one before begins a new pass.
-#[derive(Debug, Default)]
-pub(super) struct Pass {
-    pub(super) number: u32,
-    pub(super) last_pfn: Option<u64>,
-}
-
 /// What the filter's thread owns.
 pub(super) struct Filter {
-    pub(super) input: Input,
-    pub(super) output: Output,
-    pub(super) bell: Bell,
-    pub(super) requests: Receiver<Request>,
-    pub(super) aborted: Arc<AtomicBool>,
+    pub(super) arrived: Receiver<Arrived<ToWorkers>>,
+    pub(super) outlet: Outlet<Buffer, Sender<()>>,
+    /// Buffers for copies of retained pages. They are not the input's, for which the input might be waiting.
+    pub(super) copies: Pool,
+    pub(super) knowledge: Arc<Knowledge>,
     pub(super) side: Option<Side>,
     pub(super) mode: Mode,
     pub(super) may_refer: bool,
     /// Whether the target has answered, so that it knows our records, even if the side channel was lost since.
     pub(super) target_knows_us: bool,
-    pub(super) late_writes: Option<LateWrites>,
-    pub(super) map: ReferenceMap,
+    /// What was sent last, when all is to be compared.
+    pub(super) last_sent: Option<LastSent>,
     pub(super) window: Window,
     pub(super) config: Config,
     pub(super) drain: Option<Drain>,
     /// Number of the last sync record sent, and of the last one answered.
     pub(super) syncs: (u64, u64),
-    pub(super) pass: Pass,
     pub(super) stats: SourceStats,
     pub(super) travel: Travel,
+    /// Bytes handed to the outlet.
+    pub(super) bytes_sent: u64,
     pub(super) shared: Arc<Mutex<SourceStats>>,
-    pub(super) body: Vec<u8>,
     pub(super) builder: Builder,
-    pub(super) head: Vec<u8>,
 }
 
 impl Filter {
     pub(super) fn run(&mut self) -> Result<(), EngineError> {
-        let headers = self.input.read_stream_headers()?;
-        self.output.write_all(&headers)?;
         loop {
-            self.wait_for_input()?;
-            let header = self.input.read_record_header()?;
-            match header.kind {
-                record::PAGE_DATA => self.page_data(header)?,
-                record::CHECKPOINT | record::CHECKPOINT_DIRTY_PFN_LIST => {
-                    return Err(header.error(StreamProblem::Checkpoint));
+            self.handle_side_events()?;
+            let patience = self.go_on_draining()?;
+            self.advise_workers();
+            self.publish();
+            let events = self.side.as_ref().map_or_else(never, |side| side.events.clone());
+            let timeout = patience.map_or_else(never, after);
+            // What the target says goes first: it makes room.
+            let arrived = select_biased! {
+                recv(events) -> event => {
+                    let lost = || SideEvent::lost("the side channel's thread has ended");
+                    self.handle_side_event(event.unwrap_or_else(|_| lost()))?;
+                    continue;
                 }
-                kind => self.other_record(header, kind)?,
-            }
-            if header.kind == record::END {
-                return Ok(());
+                recv(self.outlet.gone) -> _ => return Err(EngineError::Gone),
+                recv(self.arrived) -> arrived => arrived.map_err(|_| EngineError::Panicked)?,
+                recv(timeout) -> _ => continue,
+            };
+            self.stats.bytes_in = arrived.offset;
+            match arrived.what {
+                Incoming::Headers(headers) => self.send(Parcel::bytes(headers.to_vec()))?,
+                Incoming::Request(request) => self.handle_request(request),
+                Incoming::Record(ticket) => {
+                    let record = ticket.recv().map_err(|_| EngineError::Panicked)?;
+                    self.page_data(record)?;
+                }
+                Incoming::Other(header) => {
+                    self.other_record(header)?;
+                    if header.kind == record::END {
+                        return Ok(());
+                    }
+                }
+                Incoming::Piece(piece) => self.send(Parcel::whole(Vec::new(), piece))?,
+                Incoming::Failed(error) => return Err(error),
             }
         }
     }
 
+    pub(super) fn send(&mut self, parcel: Parcel<Buffer, Sender<()>>) -> Result<(), EngineError> {
+        self.bytes_sent += parcel.length();
+        self.outlet.send(parcel)
+    }
+
     pub(super) fn publish(&mut self) {
-        self.stats.bytes_in = self.input.offset();
-        self.stats.bytes_out = self.output.bytes();
+        self.stats.bytes_out = self.outlet.written();
         let classes = self.stats.bytes_page_data + self.stats.bytes_references + self.stats.bytes_markers;
-        self.stats.bytes_other = self.stats.bytes_out.saturating_sub(classes);
+        // All classes are counted when they are sent off.
+        self.stats.bytes_other = self.bytes_sent.saturating_sub(classes);
         self.stats.references_outstanding = self.window.outstanding() as u64;
         self.stats.ways = self.travel.counts();
         self.shared.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.stats);
     }
 
-    /// Between records: handles requests and verdicts until there is something to read.
-    pub(super) fn wait_for_input(&mut self) -> Result<(), EngineError> {
-        loop {
-            if self.aborted.load(Ordering::Relaxed) {
-                return Err(EngineError::Aborted);
-            }
-            while let Ok(request) = self.requests.try_recv() {
-                self.handle_request(request);
-            }
-            self.handle_side_events()?;
-            self.publish();
-            if self.drain.is_none() {
-                if self.input.wait(&self.bell, None)? {
-                    return Ok(());
-                }
-                continue;
-            }
-            // libxenguest is blocked in its callback, so an input that is empty now has been consumed to the last byte.
-            if self.input.wait(&self.bell, Some(Duration::ZERO))? {
-                return Ok(());
-            }
-            self.go_on_draining()?;
-        }
-    }
-
-    pub(super) fn handle_request(&mut self, request: Request) {
+    fn handle_request(&mut self, request: Request) {
         match request {
             Request::Round(iteration) => {
                 self.stats.rounds = self.stats.rounds.max(iteration.saturating_add(1));
             }
             Request::Suspended => self.may_refer = false,
-            Request::LateWrites(writes) => self.late_writes = Some(writes),
             Request::Drain(reply) => {
                 self.may_refer = false;
                 let before = (self.stats.references_accepted, self.stats.references_refused);
@@ -144,8 +134,16 @@ impl Filter {
         }
     }
 
-    /// A record that is not memory: nothing may be outstanding past it once memory has begun.
-    pub(super) fn other_record(&mut self, header: RecordHeader, kind: u32) -> Result<(), EngineError> {
+    /// A record that is not memory: nothing may be outstanding past it once memory has begun. Its body follows in pieces.
+    fn other_record(&mut self, header: RecordHeader) -> Result<(), EngineError> {
+        let kind = header.kind;
+        if matches!(kind, record::CHECKPOINT | record::CHECKPOINT_DIRTY_PFN_LIST) {
+            return Err(header.error(StreamProblem::Checkpoint));
+        }
+        if kind == record::PAGE_DATA && self.mode != Mode::PassThrough {
+            let (length, expected) = (u64::from(header.length), MAX_PAGE_DATA as u64);
+            return Err(header.error(StreamProblem::Length { length, expected }));
+        }
         let known = kind <= record::LAST_KNOWN || kind & record::OPTIONAL != 0;
         if self.mode == Mode::Filter && (!known || kind == memory_record::RECORD_TYPE) {
             return Err(header.error(StreamProblem::Unknown));
@@ -157,94 +155,79 @@ impl Filter {
         if kind == record::VERIFY {
             self.mode = Mode::Verify;
         }
-        self.copy_record(header)
+        self.send(Parcel::bytes(RecordHeader::bytes(kind, header.length as usize).to_vec()))
     }
 
-    /// The pages of VERIFY are through: says which of them were written since the suspension.
+    /// The pages of VERIFY are through: says which of them are not what was sent last.
     fn tell_late_writes(&mut self) -> Result<(), EngineError> {
-        // Told before libxenguest wrote the record whose header has just been read.
-        while let Ok(request) = self.requests.try_recv() {
-            self.handle_request(request);
-        }
-        let Some(writes) = self.late_writes.take().filter(|_| self.target_knows_us) else { return Ok(()) };
+        let Some(last_sent) = self.last_sent.take().filter(|_| self.target_knows_us) else { return Ok(()) };
+        let writes = last_sent.into_late_writes();
         self.stats.pages_written_late = writes.len();
         for body in writes.bodies() {
-            let head = RecordHeader::bytes(memory_record::RECORD_TYPE, body.len());
-            self.output.write_slices(&mut [IoSlice::new(&head), IoSlice::new(&body)])?;
+            let mut bytes = RecordHeader::bytes(memory_record::RECORD_TYPE, body.len()).to_vec();
+            bytes.extend_from_slice(&body);
+            self.send(Parcel::bytes(bytes))?;
         }
         Ok(())
     }
 
-    /// Passes a record on, in pieces.
-    pub(super) fn copy_record(&mut self, header: RecordHeader) -> Result<(), EngineError> {
-        self.output.write_all(&RecordHeader::bytes(header.kind, header.length as usize))?;
-        let mut left = header.padded();
-        self.body.resize(left.min(1 << 20) as usize, 0);
-        while left > 0 {
-            let piece = left.min(1 << 20) as usize;
-            let Some(piece) = self.body.get_mut(..piece) else { break };
-            self.input.read_exact(piece, "a record's body")?;
-            self.output.write_all(piece)?;
-            left -= piece.len() as u64;
-        }
-        Ok(())
-    }
-
-    pub(super) fn page_data(&mut self, header: RecordHeader) -> Result<(), EngineError> {
-        let padded = header.padded() as usize;
-        if padded > MAX_PAGE_DATA {
-            if self.mode == Mode::PassThrough {
-                return self.copy_record(header);
-            }
-            let (length, expected) = (u64::from(header.length), MAX_PAGE_DATA as u64);
-            return Err(header.error(StreamProblem::Length { length, expected }));
-        }
-        let mut body = std::mem::take(&mut self.body);
-        body.resize(padded, 0);
-        let result = self.page_data_in(header, &mut body);
-        self.body = body;
-        result
-    }
-
-    pub(super) fn page_data_in(&mut self, header: RecordHeader, body: &mut [u8]) -> Result<(), EngineError> {
-        self.input.read_exact(body, "PAGE_DATA")?;
-        // A PAGE_DATA that parses has a length of whole words, so `body` has no padding in it.
-        let pages = PageData::parse(body.get(..header.length as usize).unwrap_or(body))
-            .map_err(|problem| header.error(problem))?;
+    fn page_data(&mut self, record: Record) -> Result<(), EngineError> {
+        let header = record.header;
+        let parsed = match record.problem {
+            Some(problem) => Err(problem),
+            None => PageData::parse(record.body.get(..header.length as usize).unwrap_or(&record.body)),
+        };
+        let pages = parsed.map_err(|problem| header.error(problem))?;
         let count = pages.pages() as u64;
+        if let Some(last_sent) = &mut self.last_sent {
+            last_sent.see(&pages, self.mode == Mode::Verify);
+        }
         if self.mode == Mode::Verify {
             self.stats.pages_verified += count;
         } else {
             self.stats.pages_in += count;
             self.stats.pages_without_data += pages.count() as u64 - count;
-            self.follow_pass(&pages);
-            if self.pass.number > 1 {
+            self.stats.rounds = self.stats.rounds.max(record.pass);
+            if record.pass > 1 {
                 self.stats.pages_resent += count;
             }
         }
-        if self.mode == Mode::Filter {
-            let worth_it = self.plan(&pages);
-            if worth_it {
-                return self.send_memory_record(&pages);
-            }
+        if self.mode == Mode::Filter && self.plan(&pages, &record) {
+            return self.send_memory_record(record);
         }
         if self.mode != Mode::Verify {
             self.stats.pages_raw += count;
             self.stats.pages_page_table +=
                 pages.entries().filter(|entry| is_page_table(entry.page_type)).count() as u64;
-            self.travel.record(&pages, self.pass.number > 1);
+            self.travel.record(&pages, record.pass > 1);
         }
         self.stats.bytes_page_data += pages.data.len() as u64;
-        let head = RecordHeader::bytes(header.kind, header.length as usize);
-        self.output.write_slices(&mut [IoSlice::new(&head), IoSlice::new(body)])
+        let head = RecordHeader::bytes(header.kind, header.length as usize).to_vec();
+        self.send(Parcel::whole(head, record.body))
     }
+}
 
-    pub(super) fn follow_pass(&mut self, pages: &PageData<'_>) {
-        let first = pages.entries().next().map_or(0, |entry| entry.pfn);
-        if self.pass.last_pfn.is_none_or(|last| first <= last) {
-            self.pass.number += 1;
-            self.stats.rounds = self.stats.rounds.max(self.pass.number);
+impl Filter {
+    /// Ends the threads beside this one, and closes both ends. On success all is written.
+    pub(super) fn end(
+        mut self,
+        intake: Intake<ToWorkers>,
+        result: Result<(), EngineError>,
+    ) -> Result<(SourceStats, Travel), EngineError> {
+        self.publish();
+        intake.stop();
+        let Self { arrived, outlet, mut stats, travel, bytes_sent, shared, .. } = self;
+        drop(arrived);
+        let written = outlet.end(result.is_err());
+        intake.end();
+        if written.is_ok() && result.is_ok() {
+            stats.bytes_out = bytes_sent;
         }
-        self.pass.last_pfn = pages.entries().last().map(|entry| entry.pfn);
+        shared.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&stats);
+        match (result, written) {
+            // The filter noticed only that the outlet had gone.
+            (Ok(()) | Err(EngineError::Gone), Err(error)) => Err(error),
+            (result, _) => result.map(|()| (stats, travel)),
+        }
     }
 }

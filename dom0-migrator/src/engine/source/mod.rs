@@ -1,7 +1,18 @@
 //! The source's filter: between libxenguest and the network.
 //!
-//! One thread owns the window and both ends of the stream, so that the order in which it handles things *is* the order of
-//! truth: what it writes later is newer. A second thread only reads the side channel and hands verdicts over.
+//! ```text
+//!                ┌► workers: zeros, hashes ─┐
+//! libxenguest ─► intake ═══ in order ══════►│ filter ═══ in order ═══► outlet ─► network
+//!                  ▲ requests                 │  ▲ verdicts
+//!                  └ libxenguest's thread     ▼  └ side channel's thread
+//!                                          window
+//! ```
+//!
+//! One thread, the filter's, owns the window and decides how each page goes. It takes records in the order in which they were written,
+//! whatever the order in which the workers finish, and what it sends is written in the order in which it was sent. So the order in which it
+//! handles things *is* the order of truth: what it sends later is newer. The others only read ahead, look at bytes that
+//! no longer change, or write what it has sent: so the wire is not idle while pages are hashed, and libxenguest does not wait for the wire
+//! before the buffers on the way are full (one a record of 4 MiB; [`BUFFERS`] and one for each worker).
 //!
 //! # The rule for a page that goes by reference
 //! What one would like is to forget a page once its reference is sent. But the target may refuse it, much later, when the
@@ -14,15 +25,19 @@
 //!   reference by number, and a number that is settled is not looked at again;
 //! * time is over, or the side channel is lost: send the bytes, as if refused.
 //!
-//! In every case what the target knows last about the PFN is what libxenguest sent last.
+//! In every case what the target knows last about the PFN is what libxenguest sent last: the stream is written in the order in which the
+//! filter's thread sent it, and every one of these cases happens on that thread. In particular a refusal and a newer entry for the same PFN cannot
+//! cross: either the refusal is handled first, and the retained bytes go before the newer entry, or it comes later
+//! and finds the number settled.
 
 mod filter;
 mod plan;
 mod settle;
 mod side;
+mod work;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -31,13 +46,24 @@ use crossbeam_channel::{Sender, bounded, unbounded};
 use super::config::{Config, DiskName};
 use super::descriptor::{Input, Output, Ringer, bell};
 use super::error::EngineError;
-use super::late_writes::LateWrites;
+use super::intake::Intake;
+use super::late_writes::LastSent;
 use super::memory_record::Builder;
+use super::outlet::Outlet;
+use super::page_hash::PageHasher;
+use super::pool::Pool;
 use super::reference_map::ReferenceMap;
 use super::summary::{DrainReport, SourceStats, SourceSummary};
 use super::window::Window;
-use filter::{Filter, Mode, Pass};
+use filter::{Filter, Mode};
 use side::Side;
+use work::{Knowledge, Pass, ToWorkers, Workers};
+
+/// Records on their way through the filter at once, beside those that workers hold: a few that wait for their turn, a few
+/// that wait for the wire.
+const BUFFERS: usize = 6;
+/// Buffers for copies of retained pages that are sent after all.
+const COPIES: usize = 2;
 
 /// What a [`SourceFilter`] stands between, and what it knows.
 #[derive(Debug)]
@@ -62,24 +88,6 @@ enum Request {
     Round(u32),
     Drain(Sender<DrainReport>),
     Suspended,
-    LateWrites(LateWrites),
-}
-
-/// Says which pages were written after the suspension. To be used after libxenguest has written the last page that VERIFY sends
-/// again, and before it writes the next record: the filter then names them to the target.
-#[derive(Clone, Debug)]
-pub struct LateWritesTeller {
-    requests: Sender<Request>,
-    ringer: Ringer,
-}
-
-impl LateWritesTeller {
-    /// Says it.
-    pub fn tell(&self, writes: LateWrites) {
-        // A filter that has ended is noticed when it is asked to finish.
-        let _ = self.requests.send(Request::LateWrites(writes));
-        self.ringer.ring();
-    }
 }
 
 /// The source's filter.
@@ -106,43 +114,66 @@ impl SourceFilter {
         let aborted = Arc::new(AtomicBool::new(false));
         let stats = Arc::new(Mutex::new(SourceStats::default()));
         let mut summary = SourceSummary { pages_mapped: map.len(), ..SourceSummary::default() };
-        let side =
-            side.map(|fd| Side::open(fd, &disks, &map, &config, &ringer)).and_then(|opened| match opened {
-                Ok((side, answer)) => {
-                    summary.poolskip = true;
-                    summary.disks = answer.disks;
-                    Some(side)
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "no side channel: everything goes raw");
-                    summary.stats.side_channel_lost = true;
-                    None
-                }
-            });
+        let side = side.map(|fd| Side::open(fd, &disks, &map, &config)).and_then(|opened| match opened {
+            Ok((side, answer)) => {
+                summary.poolskip = true;
+                summary.disks = answer.disks;
+                Some(side)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no side channel: everything goes raw");
+                summary.stats.side_channel_lost = true;
+                None
+            }
+        });
         let window = Window::new(side.as_ref().map_or(0, |side| side.window_pages));
-        let mut filter = Filter {
-            input: Input::new(from_save),
-            output: Output::new(to_wire),
-            bell,
-            requests: requests_rx,
-            aborted: Arc::clone(&aborted),
-            mode: if side.is_some() { Mode::Filter } else { Mode::PassThrough },
-            may_refer: side.is_some() && config.references,
-            target_knows_us: side.is_some(),
-            late_writes: None,
-            side,
+        let may_refer = side.is_some() && config.references;
+        let knowledge = Arc::new(Knowledge {
             map,
+            hasher: side.as_ref().map(|side| PageHasher::new(side.key)),
+            opened: side
+                .as_ref()
+                .map_or_else(Vec::new, |side| side.disks.iter().map(Option::is_some).collect()),
+            reference_passes: config.reference_passes,
+            may_refer: AtomicBool::new(may_refer),
+            room: AtomicUsize::new(window.room()),
+        });
+        let hashers = config.hashers.max(1);
+        let workers = Workers::start(hashers, &knowledge).map_err(EngineError::Start)?;
+        let outlet = Outlet::start("source-outlet", Output::new(to_wire), |done: Sender<()>| {
+            // Whoever asked may be gone.
+            let _ = done.send(());
+        })
+        .map_err(EngineError::Start)?;
+        let intake = Intake::start(
+            "source-intake",
+            Input::new(from_save),
+            (ringer.clone(), bell),
+            Arc::clone(&aborted),
+            Pool::new(BUFFERS + hashers),
+            requests_rx,
+            ToWorkers { workers, pass: Pass::default() },
+        )
+        .map_err(EngineError::Start)?;
+        let mut filter = Filter {
+            arrived: intake.arrived.clone(),
+            outlet,
+            copies: Pool::new(COPIES),
+            knowledge,
+            mode: if side.is_some() { Mode::Filter } else { Mode::PassThrough },
+            may_refer,
+            target_knows_us: side.is_some(),
+            last_sent: config.compare.then(LastSent::default),
+            side,
             window,
             config,
             drain: None,
             syncs: (0, 0),
-            pass: Pass::default(),
             stats: summary.stats.clone(),
             travel: super::travel::Travel::default(),
+            bytes_sent: 0,
             shared: Arc::clone(&stats),
-            body: Vec::new(),
             builder: Builder::default(),
-            head: Vec::new(),
         };
         let thread = std::thread::Builder::new()
             .name("source-filter".into())
@@ -151,10 +182,8 @@ impl SourceFilter {
                 if let Some(side) = filter.side.take() {
                     side.close();
                 }
-                filter.publish();
-                summary.stats = filter.stats;
-                summary.travel = filter.travel;
-                result.map(|()| summary)
+                let result = filter.end(intake, result);
+                result.map(|(stats, travel)| SourceSummary { stats, travel, ..summary })
             })
             .map_err(EngineError::Start)?;
         Ok(Self { requests, ringer, aborted, stats, thread })
@@ -189,11 +218,6 @@ impl SourceFilter {
         self.ask(Request::Suspended);
     }
 
-    /// A way to say which pages were written after the suspension; see [`LateWritesTeller`].
-    pub fn late_writes_teller(&self) -> LateWritesTeller {
-        LateWritesTeller { requests: self.requests.clone(), ringer: self.ringer.clone() }
-    }
-
     /// The counters as they are now.
     pub fn stats(&self) -> SourceStats {
         self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -218,8 +242,7 @@ impl SourceFilter {
         self.thread.join().map_err(|_| EngineError::Panicked)?
     }
 
-    /// Ends the filter at the next record boundary. A filter that is blocked in a read or a write notices only when its
-    /// other side closes.
+    /// Ends the filter. One that is blocked in a write notices only when its other side closes.
     pub fn abort(&self) {
         self.aborted.store(true, Ordering::Relaxed);
         self.ringer.ring();

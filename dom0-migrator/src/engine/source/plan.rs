@@ -1,93 +1,94 @@
 //! How each page of a PAGE_DATA record goes: raw, as a marker, or by reference.
 
-use std::io::IoSlice;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
 
 use super::filter::Filter;
+use super::work::{Class, Record};
 use crate::engine::error::EngineError;
-use crate::engine::memory_record::{self, Hash, Span, SpanKind};
+use crate::engine::memory_record::{self, Span, SpanKind};
+use crate::engine::outlet::{Parcel, Piece, add_range};
+use crate::engine::reference_map::Place;
 use crate::engine::travel::Way;
-use crate::engine::xen_stream::{
-    NOTAB, PAGE, PAGE_DATA_HEAD, PageData, RecordHeader, ZERO_PAGE, is_page_table,
-};
-
-/// Pages that one thread hashes at least. Hashing them takes several times as long (2.7 us each, measured) as starting a thread.
-const PAGES_A_THREAD: usize = 64;
+use crate::engine::xen_stream::{PAGE, PAGE_DATA_HEAD, PageData, RECORD_HEADER, RecordHeader, is_page_table};
 
 impl Filter {
-    /// Decides for every entry how it goes, and fills the builder. False: the record is best sent as it is (nothing of it
-    /// goes by reference then).
-    pub(super) fn plan(&mut self, pages: &PageData<'_>) -> bool {
+    /// Decides for every entry how it goes, fills the builder, and keeps copies of the pages that go by reference. False: the
+    /// record is best sent as it is (nothing of it goes by reference then).
+    pub(super) fn plan(&mut self, pages: &PageData<'_>, record: &Record) -> bool {
         self.builder.clear();
         // libxenguest never names a PFN twice in a record; if it did, the later entry would have to supersede the earlier one.
         let is_ascending = pages.entries().is_sorted_by(|a, b| a.pfn < b.pfn);
-        let refer = self.may_refer && is_ascending && self.pass.number <= self.config.reference_passes;
+        let refer = self.may_refer && is_ascending && record.pass <= self.config.reference_passes;
+        let mut hashes = record.hashes.iter();
         let mut zeros = 0;
-        let mut referred = Vec::new();
-        for (entry, page) in pages.pages_by_entry() {
+        for ((entry, page), class) in pages.pages_by_entry().zip(&record.classes) {
             self.stats.references_superseded += u64::from(self.window.supersede(entry.pfn));
-            let kind = match page {
-                None => SpanKind::NoData,
-                Some(page) if entry.page_type == NOTAB && page == ZERO_PAGE => {
+            let kind = match (*class, page) {
+                (Class::NoData, _) => SpanKind::NoData,
+                (Class::Zero, _) => {
                     zeros += 1;
                     SpanKind::Zero
                 }
-                Some(page) if entry.page_type == NOTAB && refer => {
-                    match self.place(entry.pfn, referred.len()) {
-                        Some(kind) => {
-                            referred.push((entry.pfn, page));
-                            kind
+                (Class::Listed(place), _) if refer => {
+                    self.count_unreferred(place);
+                    SpanKind::Raw
+                }
+                (Class::Hashed(place), Some(page)) => {
+                    let hash = hashes.next();
+                    let hash = hash.filter(|_| refer);
+                    match (hash, self.disk(place)) {
+                        (Some(hash), Some(disk)) if self.window.retain(entry.pfn, page).is_some() => {
+                            self.builder.hashes.push(*hash);
+                            SpanKind::Reference { disk, offset: place.offset }
                         }
-                        None => SpanKind::Raw,
+                        (hash, _) => {
+                            if hash.is_some() {
+                                self.count_unreferred(place);
+                            }
+                            SpanKind::Raw
+                        }
                     }
                 }
-                Some(_) => SpanKind::Raw,
+                (Class::Plain | Class::Listed(_) | Class::Hashed(_), _) => SpanKind::Raw,
             };
             self.builder.push(entry, kind);
         }
-        self.retain(&referred);
-        zeros + referred.len() > 0 || self.builder.head_len() < PAGE_DATA_HEAD + 8 * pages.count()
-    }
-
-    /// Where the page lies, if it may go by reference; `before` pages of this record go by reference already.
-    fn place(&mut self, pfn: u64, before: usize) -> Option<SpanKind> {
-        let place = self.map.lookup(enlightenment::Pfn(pfn))?;
-        let side = self.side.as_ref()?;
-        let Some(disk) = side.disks.get(place.disk as usize).copied().flatten() else {
-            self.stats.pages_disk_missing += 1;
-            return None;
-        };
-        if before >= self.window.room() {
-            self.stats.pages_window_full += 1;
-            return None;
-        }
-        Some(SpanKind::Reference { disk, offset: place.offset })
-    }
-
-    /// Hashes the pages that go by reference and keeps copies of them; there is room, as `place` has seen.
-    fn retain(&mut self, referred: &[(u64, &[u8])]) {
-        let Some(side) = self.side.as_ref().filter(|_| !referred.is_empty()) else { return };
-        let began = Instant::now();
-        self.builder.hashes.resize(referred.len(), [0; memory_record::HASH]);
-        hash_all(&side.key, referred, &mut self.builder.hashes, self.config.hashers);
-        self.stats.hashing_seconds += began.elapsed().as_secs_f64();
-        for (pfn, page) in referred {
-            self.window.retain(*pfn, page);
-        }
+        self.stats.hashing_seconds += record.hashing_seconds;
         let peak = &mut self.stats.references_outstanding_peak;
         *peak = (*peak).max(self.window.outstanding() as u64);
+        zeros + self.builder.hashes.len() > 0 || self.builder.head_len() < PAGE_DATA_HEAD + 8 * pages.count()
+    }
+
+    /// The index in the hello of the disk that a place is on, if the target has opened it.
+    fn disk(&self, place: Place) -> Option<u8> {
+        self.side.as_ref()?.disks.get(place.disk as usize).copied().flatten()
+    }
+
+    /// Counts a page that a list names and that goes raw all the same.
+    fn count_unreferred(&mut self, place: Place) {
+        match self.disk(place) {
+            None => self.stats.pages_disk_missing += 1,
+            Some(_) => self.stats.pages_window_full += 1,
+        }
+    }
+
+    /// Tells the workers what is worth their while.
+    pub(super) fn advise_workers(&self) {
+        self.knowledge.room.store(self.window.room(), Ordering::Relaxed);
+        self.knowledge.may_refer.store(self.may_refer, Ordering::Relaxed);
     }
 
     /// Sends what was planned.
-    pub(super) fn send_memory_record(&mut self, pages: &PageData<'_>) -> Result<(), EngineError> {
-        let mut slices = vec![IoSlice::new(&[])];
-        let (mut at, mut raw) = (0, 0);
+    pub(super) fn send_memory_record(&mut self, record: Record) -> Result<(), EngineError> {
+        let raw_at = record.header.length as usize - record_pages(&record) * PAGE;
+        let mut pieces: Vec<Piece> = Vec::new();
+        let (mut at, mut raw) = (raw_at, 0);
         for span in &self.builder.spans {
             let count = span.count as usize;
-            self.travel.span(span.first.pfn, u64::from(span.count), way(span, self.pass.number > 1));
+            self.travel.span(span.first.pfn, u64::from(span.count), way(span, record.pass > 1));
             match span.kind {
                 SpanKind::Raw => {
-                    slices.push(IoSlice::new(pages.data.get(at..at + count * PAGE).unwrap_or(&[])));
+                    add_range(&mut pieces, at..at + count * PAGE);
                     raw += count;
                     self.stats.pages_raw += count as u64;
                     if is_page_table(span.first.page_type) {
@@ -110,16 +111,12 @@ impl Filter {
             at += count * PAGE;
         }
         let length = self.builder.head_len() + raw * PAGE;
-        self.head.clear();
-        self.head.extend_from_slice(&RecordHeader::bytes(memory_record::RECORD_TYPE, length));
+        let mut head = Vec::with_capacity(RECORD_HEADER + self.builder.head_len());
+        head.extend_from_slice(&RecordHeader::bytes(memory_record::RECORD_TYPE, length));
         let first = self.window.next_number() - self.builder.hashes.len() as u64;
-        self.builder.write_head(first, &mut self.head);
-        if let Some(slot) = slices.first_mut() {
-            *slot = IoSlice::new(&self.head);
-        }
-        self.output.write_slices(&mut slices)?;
+        self.builder.write_head(first, &mut head);
         self.stats.bytes_page_data += (raw * PAGE) as u64;
-        Ok(())
+        self.send(Parcel { head, pieces, body: Some(record.body), then: None })
     }
 }
 
@@ -135,45 +132,7 @@ fn way(span: &Span, again: bool) -> Way {
     }
 }
 
-/// Hashes pages on up to `threads` threads, this one among them.
-fn hash_all(key: &[u8; 32], pages: &[(u64, &[u8])], hashes: &mut [Hash], threads: usize) {
-    let hash_some = |pages: &[(u64, &[u8])], hashes: &mut [Hash]| {
-        for ((_, page), hash) in pages.iter().zip(hashes) {
-            *hash = memory_record::hash(key, page);
-        }
-    };
-    let threads = threads.min(pages.len() / PAGES_A_THREAD).max(1);
-    let each = pages.len().div_ceil(threads).max(1);
-    let all_began = std::thread::scope(|scope| {
-        let mut shares = pages.chunks(each).zip(hashes.chunks_mut(each));
-        let own = shares.next();
-        let all_began = shares.all(|(pages, hashes)| {
-            std::thread::Builder::new().spawn_scoped(scope, move || hash_some(pages, hashes)).is_ok()
-        });
-        if let Some((pages, hashes)) = own {
-            hash_some(pages, hashes);
-        }
-        all_began
-    });
-    if !all_began {
-        hash_some(pages, hashes);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn every_page_gets_its_own_hash_however_many_threads_there_are() {
-        let contents: Vec<Vec<u8>> = (0..1024_u32).map(|i| i.to_le_bytes().repeat(PAGE / 4)).collect();
-        let expected: Vec<Hash> = contents.iter().map(|page| memory_record::hash(&[3; 32], page)).collect();
-        for (count, threads) in [(0, 4), (1, 4), (63, 4), (129, 2), (1000, 3), (1024, 8), (1024, 0)] {
-            let pages: Vec<(u64, &[u8])> =
-                contents[..count].iter().map(|page| (0, page.as_slice())).collect();
-            let mut hashes = vec![[0; memory_record::HASH]; count];
-            hash_all(&[3; 32], &pages, &mut hashes, threads);
-            assert_eq!(hashes, expected[..count]);
-        }
-    }
+/// Pages with data in a record whose entries were looked at.
+fn record_pages(record: &Record) -> usize {
+    record.classes.iter().filter(|class| **class != Class::NoData).count()
 }

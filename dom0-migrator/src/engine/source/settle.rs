@@ -1,14 +1,14 @@
 //! How references are settled: verdicts, replacements, and the drain.
 
-use std::io::IoSlice;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::Sender;
+use crossbeam_channel::{Sender, bounded};
 
 use super::filter::{Filter, Mode};
 use super::side::SideEvent;
 use crate::engine::error::{EngineError, SideError};
 use crate::engine::memory_record;
+use crate::engine::outlet::Parcel;
 use crate::engine::side_message::{Refusal, Report, Verdicts};
 use crate::engine::summary::DrainReport;
 use crate::engine::travel::Way;
@@ -28,14 +28,15 @@ pub(super) struct Drain {
 }
 
 impl Filter {
-    /// One step of a drain whose input is empty: ends it, or waits for what the target says next.
+    /// One step of a drain: ends it, or says how long to wait for what the target says next.
     ///
-    /// Once nothing is outstanding the target is asked whether all has come through, and the drain ends with its answer: what
-    /// still lies in buffers on the way would otherwise be sent while the domain is suspended.
-    pub(super) fn go_on_draining(&mut self) -> Result<(), EngineError> {
+    /// Everything that libxenguest wrote before it asked stands before the drain in the input. Once nothing is outstanding the
+    /// target is asked whether all has come through, and the drain ends with its answer: what still lies in buffers on the
+    /// way would otherwise be sent while the domain is suspended.
+    pub(super) fn go_on_draining(&mut self) -> Result<Option<Duration>, EngineError> {
         let outstanding = self.window.outstanding() as u64;
         let (last_sync, answered) = self.syncs;
-        let Some(drain) = &mut self.drain else { return Ok(()) };
+        let Some(drain) = &mut self.drain else { return Ok(None) };
         drain.report.outstanding = drain.report.outstanding.max(outstanding);
         let left = self.config.drain_timeout.saturating_sub(drain.began.elapsed());
         if outstanding > 0 && left.is_zero() {
@@ -43,23 +44,24 @@ impl Filter {
             if let Some(drain) = &mut self.drain {
                 drain.report.replaced += replaced;
             }
-            return Ok(());
+            return Ok(Some(Duration::ZERO));
         }
         let may_ask = self.side.is_some() && self.mode == Mode::Filter && !left.is_zero();
         if outstanding == 0 && may_ask && drain.sync.is_none() {
             drain.sync = Some(last_sync + 1);
             self.syncs.0 += 1;
             let body = memory_record::sync_body(self.syncs.0);
-            let head = RecordHeader::bytes(memory_record::RECORD_TYPE, body.len());
-            return self.output.write_slices(&mut [IoSlice::new(&head), IoSlice::new(&body)]);
+            let mut bytes = RecordHeader::bytes(memory_record::RECORD_TYPE, body.len()).to_vec();
+            bytes.extend_from_slice(&body);
+            self.send(Parcel::bytes(bytes))?;
+            return Ok(Some(left));
         }
         let is_synced = drain.sync.is_none_or(|number| number <= answered);
         if outstanding > 0 || (!is_synced && self.side.is_some() && !left.is_zero()) {
-            if self.input.wait(&self.bell, Some(left))? {
-                tracing::warn!("the save side writes while it is to wait for the drain");
-            }
-            return Ok(());
+            return Ok(Some(left));
         }
+        // All of it is to be out of our hands, whether or not the target has said so.
+        self.flush()?;
         if let Some(mut drain) = self.drain.take() {
             let elapsed = drain.began.elapsed().as_secs_f64();
             drain.report.seconds = elapsed;
@@ -71,7 +73,14 @@ impl Filter {
             self.publish();
             let _ = drain.reply.send(drain.report);
         }
-        Ok(())
+        Ok(None)
+    }
+
+    /// Waits until all that was sent is written.
+    fn flush(&mut self) -> Result<(), EngineError> {
+        let (done, is_done) = bounded(1);
+        self.send(Parcel { then: Some(done), ..Parcel::bytes(Vec::new()) })?;
+        is_done.recv().map_err(|_| EngineError::Gone)
     }
 
     pub(super) fn handle_side_events(&mut self) -> Result<(), EngineError> {
@@ -169,16 +178,18 @@ impl Filter {
     pub(super) fn send_retained(&mut self, retained: &[Retained]) -> Result<(), EngineError> {
         for batch in retained.chunks(MAX_BATCH) {
             let length = PAGE_DATA_HEAD + batch.len() * (8 + PAGE);
-            self.head.clear();
-            self.head.extend_from_slice(&RecordHeader::bytes(record::PAGE_DATA, length));
-            self.head.extend_from_slice(&(batch.len() as u64).to_le_bytes());
+            let mut head = RecordHeader::bytes(record::PAGE_DATA, length).to_vec();
+            head.extend_from_slice(&(batch.len() as u64).to_le_bytes());
             for page in batch {
                 let entry = Entry { pfn: page.pfn, page_type: NOTAB };
-                self.head.extend_from_slice(&entry.word().to_le_bytes());
+                head.extend_from_slice(&entry.word().to_le_bytes());
             }
-            let pages = batch.iter().map(|page| IoSlice::new(self.window.page(page.slot)));
-            let mut slices: Vec<_> = std::iter::once(IoSlice::new(&self.head)).chain(pages).collect();
-            self.output.write_slices(&mut slices)?;
+            // The slots are given back below, long before the pages are written: so the pages are copied.
+            let mut copy = self.copies.take(batch.len() * PAGE);
+            for (to, page) in copy.bytes_mut().chunks_exact_mut(PAGE).zip(batch) {
+                to.copy_from_slice(self.window.page(page.slot));
+            }
+            self.send(Parcel::whole(head, copy))?;
             self.stats.bytes_page_data += (batch.len() * PAGE) as u64;
         }
         for page in retained {

@@ -8,7 +8,6 @@ use std::thread::JoinHandle;
 use crossbeam_channel::{Receiver, bounded};
 
 use crate::engine::config::{Config, DiskName};
-use crate::engine::descriptor::Ringer;
 use crate::engine::error::SideError;
 use crate::engine::reference_map::ReferenceMap;
 use crate::engine::side_message::{Answer, Hello, Report};
@@ -19,6 +18,13 @@ use crate::engine::xen_stream::PAGE;
 pub(super) enum SideEvent {
     Report(Report),
     Lost(SideError),
+}
+
+impl SideEvent {
+    /// The event of a side channel that is of no more use.
+    pub(super) fn lost(why: &'static str) -> Self {
+        Self::Lost(SideError::Malformed(why))
+    }
 }
 
 /// The side channel, once it is open.
@@ -39,7 +45,6 @@ impl Side {
         disks: &[DiskName],
         map: &ReferenceMap,
         config: &Config,
-        ringer: &Ringer,
     ) -> Result<(Self, Answer), SideError> {
         let failed = |what| move |source| SideError::Io { what, source };
         // Any stream socket will do: only read, write, timeouts and shutdown are used, which all of them share.
@@ -70,7 +75,6 @@ impl Side {
         socket.set_read_timeout(None).map_err(failed("setting a timeout"))?;
         let mut incoming = socket.try_clone().map_err(failed("copying the descriptor"))?;
         let (events_tx, events) = bounded(256);
-        let ringer = ringer.clone();
         let reader = std::thread::Builder::new()
             .name("source-side".into())
             .spawn(move || {
@@ -78,7 +82,6 @@ impl Side {
                     let event = Report::read(&mut incoming).map_or_else(SideEvent::Lost, SideEvent::Report);
                     let lost = matches!(event, SideEvent::Lost(_));
                     let gone = events_tx.send(event).is_err();
-                    ringer.ring();
                     if lost || gone {
                         return;
                     }

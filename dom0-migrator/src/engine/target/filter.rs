@@ -1,23 +1,24 @@
 //! The target's filter at work: what comes in, record by record, and what the readers bring.
 
-use std::collections::HashMap;
-use std::io::IoSlice;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::page_data_out::PageDataOut;
-use super::side::{Saying, Side, Verdict};
+use crossbeam_channel::{Receiver, never, select_biased};
+
+use super::page_data_out::{PageDataOut, Pages};
+use super::side::{Agreed, Saying, Side, Verdict};
 use crate::engine::config::Config;
-use crate::engine::descriptor::{Bell, Input, Output, Ringer};
 use crate::engine::error::{EngineError, StreamProblem};
+use crate::engine::intake::{Arrived, Dispatch, Incoming, Intake};
 use crate::engine::late_writes::{self, LateWrites};
 use crate::engine::memory_record::{self, MemoryRecord, PrivateRecord, SpanKind};
+use crate::engine::outlet::{Outlet, Parcel};
+use crate::engine::pfn_hash::PfnMap;
+use crate::engine::pool::Buffer;
 use crate::engine::restorer::{Batch, Key, Restorer, Wanted};
 use crate::engine::side_message::Refusal;
-use crate::engine::summary::{DiskSummary, RefusalCounts, TargetStats};
+use crate::engine::summary::{DiskSummary, RefusalCounts, TargetStats, TargetSummary};
 use crate::engine::xen_stream::{
-    DOMAIN_HVM, Entry, MAX_PAGE_DATA, NOTAB, PAGE, PageData, RecordHeader, XALLOC, ZERO_PAGE, domain_type,
-    record,
+    DOMAIN_HVM, Entry, MAX_PAGE_DATA, NOTAB, PAGE, PageData, RecordHeader, XALLOC, domain_type, record,
 };
 
 /// Longest body of a record of ours.
@@ -50,81 +51,169 @@ pub(super) struct Held {
     pub(super) waits_for_reader: bool,
 }
 
+/// The reading thread's part: none, records go to the filter as they are.
+#[derive(Debug)]
+pub(super) struct AsTheyAre;
+
+/// Nothing is asked of this filter from outside.
+#[derive(Debug)]
+pub(super) enum NoRequest {}
+
+impl Dispatch for AsTheyAre {
+    type Request = NoRequest;
+    type Record = (RecordHeader, Buffer);
+
+    fn longest(&self, kind: u32) -> Option<usize> {
+        match kind {
+            record::PAGE_DATA => Some(MAX_PAGE_DATA),
+            memory_record::RECORD_TYPE => Some(MAX_PRIVATE),
+            _ => None,
+        }
+    }
+
+    fn record(&mut self, header: RecordHeader, body: Buffer) -> Self::Record {
+        (header, body)
+    }
+
+    fn other(&mut self, _: RecordHeader) {}
+
+    fn asks_for_silence(request: &NoRequest) -> bool {
+        match *request {}
+    }
+}
+
 pub(super) struct Filter {
-    pub(super) input: Input,
-    pub(super) output: Output,
-    pub(super) bell: Bell,
-    pub(super) ringer: Ringer,
-    pub(super) aborted: Arc<AtomicBool>,
+    pub(super) arrived: Receiver<Arrived<AsTheyAre>>,
+    pub(super) outlet: Outlet<Pages, Saying>,
     pub(super) phase: Phase,
     pub(super) placeholders: bool,
     pub(super) side: Option<Side>,
+    /// The side channel has ended, in peace or not.
+    pub(super) side_ended: bool,
     pub(super) session: Option<Session>,
-    pub(super) held: HashMap<u64, Held>,
+    pub(super) held: PfnMap<Held>,
     pub(super) next_number: u64,
     pub(super) config: Config,
     pub(super) stats: TargetStats,
+    /// Bytes handed to the outlet.
+    pub(super) bytes_sent: u64,
     pub(super) shared: Arc<Mutex<TargetStats>>,
     pub(super) disks: Vec<DiskSummary>,
     pub(super) late_writes: LateWrites,
-    pub(super) body: Vec<u8>,
-    pub(super) head: Vec<u8>,
 }
 
 impl Filter {
     pub(super) fn run(&mut self) -> Result<(), EngineError> {
-        let headers = self.input.read_stream_headers()?;
-        self.output.write_all(&headers)?;
-        self.placeholders = domain_type(&headers) == DOMAIN_HVM;
         loop {
-            self.wait_for_input()?;
-            let header = self.input.read_record_header()?;
-            match header.kind {
-                record::PAGE_DATA => self.page_data(header)?,
-                memory_record::RECORD_TYPE => self.private_record(header)?,
-                record::CHECKPOINT | record::CHECKPOINT_DIRTY_PFN_LIST => {
-                    return Err(header.error(StreamProblem::Checkpoint));
-                }
-                kind => self.other_record(header, kind)?,
-            }
-            if header.kind == record::END {
-                return Ok(());
-            }
-        }
-    }
-
-    pub(super) fn publish(&mut self) {
-        self.stats.bytes_in = self.input.offset();
-        self.stats.bytes_out = self.output.bytes();
-        self.stats.references_outstanding = self.held.len() as u64;
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.stats);
-    }
-
-    /// Between records: hands loaded pages on until there is something to read.
-    fn wait_for_input(&mut self) -> Result<(), EngineError> {
-        loop {
-            if self.aborted.load(Ordering::Relaxed) {
-                return Err(EngineError::Aborted);
-            }
             self.notice_agreement()?;
             self.notice_loss();
-            self.take_loaded()?;
             self.publish();
-            if self.input.wait(&self.bell, None)? {
-                return Ok(());
+            let loaded = self.session.as_ref().map_or_else(never, |session| session.restorer.results.clone());
+            let agreed = match &self.side {
+                Some(side) if self.session.is_none() && !self.side_ended => side.agreed.clone(),
+                _ => never(),
+            };
+            let lost = match &self.side {
+                Some(side) if !self.side_ended => side.lost.clone(),
+                _ => never(),
+            };
+            // What the disks have brought goes first: it makes room at both ends.
+            let arrived = select_biased! {
+                recv(loaded) -> batch => {
+                    if let Ok(batch) = batch {
+                        self.hand_on(batch)?;
+                    }
+                    continue;
+                }
+                recv(lost) -> _ => {
+                    self.side_ended = true;
+                    continue;
+                }
+                recv(agreed) -> agreed => {
+                    match agreed {
+                        Ok(agreed) => self.begin_session(agreed)?,
+                        // Without an answer the side channel is as good as none.
+                        Err(_) => self.side_ended = true,
+                    }
+                    continue;
+                }
+                recv(self.outlet.gone) -> _ => return Err(EngineError::Gone),
+                recv(self.arrived) -> arrived => arrived.map_err(|_| EngineError::Panicked)?,
+            };
+            self.stats.bytes_in = arrived.offset;
+            match arrived.what {
+                Incoming::Headers(headers) => {
+                    self.placeholders = domain_type(&headers) == DOMAIN_HVM;
+                    self.send(Parcel::bytes(headers.to_vec()))?;
+                }
+                Incoming::Record((header, body)) if header.kind == record::PAGE_DATA => {
+                    self.page_data(header, body)?;
+                }
+                Incoming::Record((header, body)) => self.private_record(header, body)?,
+                Incoming::Other(header) => {
+                    self.other_record(header)?;
+                    if header.kind == record::END {
+                        return Ok(());
+                    }
+                }
+                Incoming::Piece(piece) => self.send(Parcel::whole(Vec::new(), Pages::Record(piece)))?,
+                Incoming::Request(request) => match request {},
+                Incoming::Failed(error) => return Err(error),
             }
         }
+    }
+
+    /// Ends the threads beside this one, and closes both ends. On success libxenguest has everything.
+    pub(super) fn end(
+        mut self,
+        intake: Intake<AsTheyAre>,
+        result: Result<(), EngineError>,
+    ) -> Result<TargetSummary, EngineError> {
+        self.publish();
+        intake.stop();
+        let poolskip = self.session.take().is_some();
+        let Self { arrived, outlet, side, mut stats, bytes_sent, shared, disks, late_writes, .. } = self;
+        drop(arrived);
+        let written = outlet.end(result.is_err());
+        if let Some(side) = side {
+            side.close(poolskip && result.is_ok() && written.is_ok());
+        }
+        intake.end();
+        if written.is_ok() && result.is_ok() {
+            stats.bytes_out = bytes_sent;
+        }
+        shared.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&stats);
+        match (result, written) {
+            // The filter noticed only that the outlet had gone.
+            (Ok(()) | Err(EngineError::Gone), Err(error)) => Err(error),
+            (result, _) => result.map(|()| TargetSummary { stats, poolskip, disks, late_writes }),
+        }
+    }
+
+    fn send(&mut self, parcel: Parcel<Pages, Saying>) -> Result<(), EngineError> {
+        self.bytes_sent += parcel.length();
+        self.outlet.send(parcel)
+    }
+
+    fn publish(&mut self) {
+        self.stats.bytes_out = self.outlet.written();
+        self.stats.references_outstanding = self.held.len() as u64;
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.stats);
     }
 
     fn notice_agreement(&mut self) -> Result<(), EngineError> {
         if self.session.is_some() {
             return Ok(());
         }
-        let Some(agreed) = self.side.as_ref().and_then(|side| side.agreed.try_recv().ok()) else {
-            return Ok(());
-        };
+        match self.side.as_ref().and_then(|side| side.agreed.try_recv().ok()) {
+            Some(agreed) => self.begin_session(agreed),
+            None => Ok(()),
+        }
+    }
+
+    fn begin_session(&mut self, agreed: Agreed) -> Result<(), EngineError> {
         self.disks = agreed.summaries;
-        let restorer = Restorer::start(agreed.key, agreed.disks, &self.config, &self.ringer);
+        let restorer = Restorer::start(agreed.key, agreed.disks, &self.config);
         self.session = Some(Session {
             restorer: restorer.map_err(EngineError::Start)?,
             max_outstanding: agreed.max_outstanding,
@@ -135,9 +224,9 @@ impl Filter {
 
     /// Without a side channel no verdict can be given: the source sends all pages that are not settled, and reading stops.
     fn notice_loss(&mut self) {
-        let Some((side, session)) = self.side.as_ref().zip(self.session.as_mut()) else { return };
+        let Some(session) = self.session.as_mut() else { return };
         // A source that is done closes the side channel too; that is no loss.
-        if side.lost.load(Ordering::Acquire) && !session.lost && !self.held.is_empty() {
+        if self.side_ended && !session.lost && !self.held.is_empty() {
             session.lost = true;
             session.restorer.cancel_all();
             self.stats.side_channel_lost = true;
@@ -145,21 +234,10 @@ impl Filter {
         }
     }
 
-    /// Hands on what the readers have brought.
-    fn take_loaded(&mut self) -> Result<(), EngineError> {
-        loop {
-            let Some(session) = &self.session else { return Ok(()) };
-            let Ok(batch) = session.restorer.results.try_recv() else { return Ok(()) };
-            self.hand_on(&batch)?;
-            if let Some(session) = &self.session {
-                session.restorer.recycle(batch);
-            }
-        }
-    }
-
-    fn hand_on(&mut self, batch: &Batch) -> Result<(), EngineError> {
+    /// Hands on what a disk has brought. The verdict is given once libxenguest has the pages in its pipe.
+    fn hand_on(&mut self, batch: Batch) -> Result<(), EngineError> {
         self.stats.disk_reads += 1;
-        self.stats.disk_bytes += batch.bytes;
+        self.stats.disk_bytes += batch.read_bytes;
         self.stats.disk_seconds += batch.read_seconds;
         self.stats.hashing_seconds += batch.hash_seconds;
         let mut verdicts = Vec::with_capacity(batch.loaded.len());
@@ -172,7 +250,7 @@ impl Filter {
             match loaded.outcome {
                 Ok(at) => {
                     self.held.remove(&loaded.pfn);
-                    pages.push(Entry { pfn: loaded.pfn, page_type: NOTAB }, Some(batch.page(at)));
+                    pages.push_page(Entry { pfn: loaded.pfn, page_type: NOTAB }, at..at + PAGE);
                     self.stats.references_accepted += 1;
                     verdicts.push((loaded.number, Ok(())));
                 }
@@ -183,9 +261,13 @@ impl Filter {
                 }
             }
         }
-        pages.write(&mut self.head, &mut self.output)?;
-        self.give_verdicts(verdicts);
-        Ok(())
+        match pages.parcel(Pages::Batch(batch)) {
+            Some(parcel) => self.send(Parcel { then: Some(Saying::Verdicts(verdicts)), ..parcel }),
+            None => {
+                self.give_verdicts(verdicts);
+                Ok(())
+            }
+        }
     }
 
     fn give_verdicts(&self, verdicts: Vec<Verdict>) {
@@ -220,7 +302,16 @@ impl Filter {
         }
     }
 
-    fn other_record(&mut self, header: RecordHeader, kind: u32) -> Result<(), EngineError> {
+    /// The head of a record whose body follows in pieces.
+    fn other_record(&mut self, header: RecordHeader) -> Result<(), EngineError> {
+        let kind = header.kind;
+        if matches!(kind, record::CHECKPOINT | record::CHECKPOINT_DIRTY_PFN_LIST) {
+            return Err(header.error(StreamProblem::Checkpoint));
+        }
+        if let Some(longest) = AsTheyAre.longest(kind) {
+            let (length, expected) = (u64::from(header.length), longest as u64);
+            return Err(header.error(StreamProblem::Length { length, expected }));
+        }
         if self.side.is_some() {
             if kind > record::LAST_KNOWN && kind & record::OPTIONAL == 0 {
                 return Err(header.error(StreamProblem::Unknown));
@@ -232,38 +323,10 @@ impl Filter {
         if kind == record::VERIFY {
             self.phase = Phase::Verify;
         }
-        self.output.write_all(&RecordHeader::bytes(header.kind, header.length as usize))?;
-        let mut left = header.padded();
-        self.body.resize(left.min(1 << 20) as usize, 0);
-        while left > 0 {
-            let Some(piece) = self.body.get_mut(..left.min(1 << 20) as usize) else { break };
-            self.input.read_exact(piece, "a record's body")?;
-            self.output.write_all(piece)?;
-            left -= piece.len() as u64;
-        }
-        Ok(())
+        self.send(Parcel::bytes(RecordHeader::bytes(kind, header.length as usize).to_vec()))
     }
 
-    /// Reads a body of bounded length into the buffer, which is taken out so that its borrow does not stand in the way.
-    fn read_body(
-        &mut self,
-        header: RecordHeader,
-        most: usize,
-        what: &'static str,
-    ) -> Result<Vec<u8>, EngineError> {
-        let padded = header.padded();
-        if padded > most as u64 {
-            let (length, expected) = (u64::from(header.length), most as u64);
-            return Err(header.error(StreamProblem::Length { length, expected }));
-        }
-        let mut body = std::mem::take(&mut self.body);
-        body.resize(padded as usize, 0);
-        self.input.read_exact(&mut body, what)?;
-        Ok(body)
-    }
-
-    fn page_data(&mut self, header: RecordHeader) -> Result<(), EngineError> {
-        let body = self.read_body(header, MAX_PAGE_DATA, "PAGE_DATA")?;
+    fn page_data(&mut self, header: RecordHeader, body: Buffer) -> Result<(), EngineError> {
         // A PAGE_DATA that parses has a length of whole words, so `body` has no padding in it.
         let pages = PageData::parse(body.get(..header.length as usize).unwrap_or(&body))
             .map_err(|problem| header.error(problem))?;
@@ -276,46 +339,54 @@ impl Filter {
             self.stats.pages_raw += pages.pages() as u64;
             self.stats.pages_without_data += (pages.count() - pages.pages()) as u64;
         }
-        let head = RecordHeader::bytes(header.kind, header.length as usize);
-        self.output.write_slices(&mut [IoSlice::new(&head), IoSlice::new(&body)])?;
-        self.body = body;
-        Ok(())
+        let head = RecordHeader::bytes(header.kind, header.length as usize).to_vec();
+        self.send(Parcel::whole(head, Pages::Record(body)))
     }
 
-    fn private_record(&mut self, header: RecordHeader) -> Result<(), EngineError> {
+    fn private_record(&mut self, header: RecordHeader, body: Buffer) -> Result<(), EngineError> {
         self.notice_agreement()?;
         if self.session.is_none() {
             return Err(header.error(StreamProblem::Forbidden("no hello has been answered")));
         }
-        let body = self.read_body(header, MAX_PRIVATE, "a private record")?;
         let record = PrivateRecord::parse(body.get(..header.length as usize).unwrap_or(&body))
             .map_err(|problem| header.error(problem))?;
         match (record, self.phase) {
             (PrivateRecord::LateWrites(body), Phase::Verify) => {
-                self.late_writes.add(body).map_err(|problem| header.error(problem))?;
+                self.late_writes.add(body).map_err(|problem| header.error(problem))
             }
             (PrivateRecord::LateWrites(_), Phase::Memory) => {
-                return Err(header.error(StreamProblem::Forbidden("late writes are named after VERIFY")));
+                Err(header.error(StreamProblem::Forbidden("late writes are named after VERIFY")))
             }
             (_, Phase::Verify) => {
-                return Err(
-                    header.error(StreamProblem::Forbidden("after VERIFY every page travels as it is"))
-                );
+                Err(header.error(StreamProblem::Forbidden("after VERIFY every page travels as it is")))
             }
-            (PrivateRecord::Memory(record), Phase::Memory) => self.rebuild(header, &record)?,
-            // What came before has been handed on before this record was read.
-            (PrivateRecord::Sync(number), Phase::Memory) => self.say(Saying::Synced(number)),
+            (PrivateRecord::Memory(record), Phase::Memory) => {
+                let out = self.rebuild(header, &record)?;
+                match out.parcel(Pages::Record(body)) {
+                    Some(parcel) => self.send(parcel),
+                    None => Ok(()),
+                }
+            }
+            // Said once all that came before is in libxenguest's pipe; whoever hears it may look at the counters.
+            (PrivateRecord::Sync(number), Phase::Memory) => {
+                self.publish();
+                self.send(Parcel { then: Some(Saying::Synced(number)), ..Parcel::bytes(Vec::new()) })
+            }
         }
-        self.body = body;
-        Ok(())
     }
 
-    fn rebuild(&mut self, header: RecordHeader, record: &MemoryRecord<'_>) -> Result<(), EngineError> {
+    /// The entries as libxenguest is to have them now; the pages lie in the record's own body.
+    fn rebuild(
+        &mut self,
+        header: RecordHeader,
+        record: &MemoryRecord<'_>,
+    ) -> Result<PageDataOut, EngineError> {
         if record.first_reference != self.next_number {
             let (found, expected) = (record.first_reference, self.next_number);
             return Err(header.error(StreamProblem::Sequence { found, expected }));
         }
-        let mut pages = record.data.chunks_exact(PAGE);
+        // The raw pages stand at the end of the body.
+        let mut raw_at = header.length as usize - record.data.len();
         let mut hashes = record.hashes();
         let mut out = PageDataOut::default();
         let (mut cancelled, mut verdicts) = (Vec::new(), Vec::new());
@@ -325,15 +396,16 @@ impl Filter {
                 self.supersede(entry.pfn, &mut cancelled);
                 match span.kind {
                     SpanKind::Raw => {
-                        out.push(entry, pages.next());
+                        out.push_page(entry, raw_at..raw_at + PAGE);
+                        raw_at += PAGE;
                         self.stats.pages_raw += 1;
                     }
                     SpanKind::Zero => {
-                        out.push(entry, Some(&ZERO_PAGE));
+                        out.push_zeros(entry);
                         self.stats.pages_zero += 1;
                     }
                     SpanKind::NoData => {
-                        out.push(entry, None);
+                        out.push(entry);
                         self.stats.pages_without_data += 1;
                     }
                     SpanKind::Reference { disk, offset } => {
@@ -343,7 +415,7 @@ impl Filter {
                         let number = self.next_number;
                         self.next_number += 1;
                         if self.placeholders {
-                            out.push(Entry { pfn: entry.pfn, page_type: XALLOC }, None);
+                            out.push(Entry { pfn: entry.pfn, page_type: XALLOC });
                         }
                         let refused = self.hold(header, entry.pfn, number, disk, offset)?;
                         match refused {
@@ -357,7 +429,6 @@ impl Filter {
             }
         }
         self.cancel(&cancelled);
-        out.write(&mut self.head, &mut self.output)?;
         let peak = &mut self.stats.references_outstanding_peak;
         *peak = (*peak).max(self.held.len() as u64);
         if let Some(session) = self.session.as_ref().filter(|session| !session.lost && !wanted.is_empty()) {
@@ -370,7 +441,7 @@ impl Filter {
             );
         }
         self.give_verdicts(verdicts);
-        Ok(())
+        Ok(out)
     }
 
     /// Holds a reference; `Some` when it is refused at once.

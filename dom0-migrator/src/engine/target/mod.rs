@@ -1,12 +1,20 @@
 //! The target's filter: between the network and libxenguest.
 //!
-//! One thread owns the table of references that are held, and both ends of the stream. Two threads serve the side channel, one
-//! writing verdicts, one waiting for its end; the [`Restorer`]'s read disks.
+//! ```text
+//! network ─► intake ═══ in order ═══► filter ═══ in order ═══► outlet ─► libxenguest
+//!                                      │  ▲ batches              │ verdicts, once the pages are written
+//!                            references ▼  │                      ▼
+//!                                      restorer               side channel
+//! ```
+//!
+//! One thread, the filter's, owns the table of references that are held; what it sends is written in the order in which it was sent. It waits
+//! neither for disks nor, as long as there are buffers, for libxenguest, so the network is read on while either is slow. Two threads serve the
+//! side channel, one writing verdicts, one waiting for its end.
 //!
 //! # The rule for a reference that is held
 //! A reference is held from the moment at which it comes until libxenguest has been handed the page, or anything newer for
 //! its PFN. What a reader brings is handed on only if the table still holds that very number for that PFN; so a load that
-//! comes late never overwrites anything, and a verdict is given only once the page is in libxenguest's pipe. A refused
+//! comes late never overwrites anything, and an acceptance is said by the thread that writes, once the page is in libxenguest's pipe. A refused
 //! reference stays in the table too: memory is not whole until its page has come.
 //!
 //! For PVH and HVM guests an entry "allocate only" (XALLOC) goes ahead of a held page: newer versions of libxenguest build 2 MiB
@@ -16,19 +24,27 @@ mod filter;
 mod page_data_out;
 mod side;
 
-use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use crossbeam_channel::never;
+
 use super::config::Config;
 use super::descriptor::{Input, Output, Ringer, bell};
 use super::error::EngineError;
+use super::intake::Intake;
 use super::late_writes::LateWrites;
+use super::outlet::Outlet;
+use super::pfn_hash::PfnMap;
+use super::pool::Pool;
 use super::summary::{TargetStats, TargetSummary};
-use filter::{Filter, Phase};
+use filter::{AsTheyAre, Filter, Phase};
 use side::Side;
+
+/// Records of 4 MiB on their way through the filter at once.
+const BUFFERS: usize = 8;
 
 /// What a [`TargetFilter`] stands between.
 #[derive(Debug)]
@@ -62,44 +78,48 @@ impl TargetFilter {
         let (ringer, bell) = bell().map_err(EngineError::Start)?;
         let aborted = Arc::new(AtomicBool::new(false));
         let stats = Arc::new(Mutex::new(TargetStats::default()));
-        let side =
-            side.map(|fd| Side::start(fd, &config, &ringer)).transpose().map_err(EngineError::Start)?;
-        let mut filter = Filter {
-            input: Input::new(from_wire),
-            output: Output::new(to_restore),
-            bell,
-            ringer: ringer.clone(),
-            aborted: Arc::clone(&aborted),
+        let side = side.map(|fd| Side::start(fd, &config)).transpose().map_err(EngineError::Start)?;
+        let sayings = side.as_ref().map(|side| side.sayings.clone());
+        let outlet = Outlet::start("target-outlet", Output::new(to_restore), move |saying| {
+            // A side channel that is lost is noticed by the filter.
+            if let Some(sayings) = &sayings {
+                let _ = sayings.send(saying);
+            }
+        })
+        .map_err(EngineError::Start)?;
+        let intake = Intake::start(
+            "target-intake",
+            Input::new(from_wire),
+            (ringer.clone(), bell),
+            Arc::clone(&aborted),
+            Pool::new(BUFFERS),
+            never(),
+            AsTheyAre,
+        )
+        .map_err(EngineError::Start)?;
+        let filter = Filter {
+            arrived: intake.arrived.clone(),
+            outlet,
             phase: Phase::Memory,
             placeholders: false,
             side,
+            side_ended: false,
             session: None,
-            held: HashMap::new(),
+            held: PfnMap::default(),
             next_number: 0,
             config,
             stats: TargetStats::default(),
+            bytes_sent: 0,
             shared: Arc::clone(&stats),
             disks: Vec::new(),
             late_writes: LateWrites::default(),
-            body: Vec::new(),
-            head: Vec::new(),
         };
         let thread = std::thread::Builder::new()
             .name("target-filter".into())
             .spawn(move || {
+                let mut filter = filter;
                 let result = filter.run();
-                filter.publish();
-                let poolskip = filter.session.take().is_some();
-                if let Some(side) = filter.side.take() {
-                    side.close(poolskip && result.is_ok());
-                }
-                let summary = TargetSummary {
-                    stats: filter.stats,
-                    poolskip,
-                    disks: filter.disks,
-                    late_writes: filter.late_writes,
-                };
-                result.map(|()| summary)
+                filter.end(intake, result)
             })
             .map_err(EngineError::Start)?;
         Ok(Self { ringer, aborted, stats, thread })
@@ -128,8 +148,7 @@ impl TargetFilter {
         self.thread.join().map_err(|_| EngineError::Panicked)?
     }
 
-    /// Ends the filter at the next record boundary. A filter that is blocked in a read or a write notices only when its
-    /// other side closes.
+    /// Ends the filter. One that is blocked in a write notices only when its other side closes.
     pub fn abort(&self) {
         self.aborted.store(true, Ordering::Relaxed);
         self.ringer.ring();

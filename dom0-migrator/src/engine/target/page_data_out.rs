@@ -1,38 +1,71 @@
 //! PAGE_DATA records for libxenguest.
 
-use std::io::IoSlice;
+use std::ops::Range;
 
-use crate::engine::descriptor::Output;
-use crate::engine::error::EngineError;
-use crate::engine::xen_stream::{Entry, PAGE, PAGE_DATA_HEAD, RecordHeader, record};
+use crate::engine::outlet::{Body, Parcel, Piece, add_range, add_zeros};
+use crate::engine::pool::Buffer;
+use crate::engine::restorer::Batch;
+use crate::engine::xen_stream::{Entry, PAGE, PAGE_DATA_HEAD, RECORD_HEADER, RecordHeader, record};
 
-/// A PAGE_DATA record in the making, out of pages that lie anywhere.
-#[derive(Default)]
-pub(super) struct PageDataOut<'a> {
-    entries: Vec<Entry>,
-    pages: Vec<&'a [u8]>,
+/// What pages lie in on their way to libxenguest.
+#[derive(Debug)]
+pub(super) enum Pages {
+    /// A record that came over the network.
+    Record(Buffer),
+    /// What a disk brought.
+    Batch(Batch),
 }
 
-impl<'a> PageDataOut<'a> {
-    pub(super) fn push(&mut self, entry: Entry, page: Option<&'a [u8]>) {
+impl Body for Pages {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Record(record) => record,
+            Self::Batch(batch) => batch.bytes(),
+        }
+    }
+}
+
+/// A PAGE_DATA record in the making, out of pages that lie anywhere in one body. It has at most 1,024 entries, since memory records and
+/// batches have.
+#[derive(Debug, Default)]
+pub(super) struct PageDataOut {
+    entries: Vec<Entry>,
+    pieces: Vec<Piece>,
+    pages: usize,
+}
+
+impl PageDataOut {
+    /// An entry without data.
+    pub(super) fn push(&mut self, entry: Entry) {
         self.entries.push(entry);
-        self.pages.extend(page);
     }
 
-    /// Writes the record, unless it is empty. It has at most 1,024 entries, since memory records and batches have.
-    pub(super) fn write(self, head: &mut Vec<u8>, output: &mut Output) -> Result<(), EngineError> {
+    /// An entry whose page lies there.
+    pub(super) fn push_page(&mut self, entry: Entry, range: Range<usize>) {
+        self.entries.push(entry);
+        self.pages += 1;
+        add_range(&mut self.pieces, range);
+    }
+
+    /// An entry whose page is zeros.
+    pub(super) fn push_zeros(&mut self, entry: Entry) {
+        self.entries.push(entry);
+        self.pages += 1;
+        add_zeros(&mut self.pieces);
+    }
+
+    /// The record, unless it is empty.
+    pub(super) fn parcel<T>(self, body: Pages) -> Option<Parcel<Pages, T>> {
         if self.entries.is_empty() {
-            return Ok(());
+            return None;
         }
-        let length = PAGE_DATA_HEAD + self.entries.len() * 8 + self.pages.len() * PAGE;
-        head.clear();
+        let length = PAGE_DATA_HEAD + self.entries.len() * 8 + self.pages * PAGE;
+        let mut head = Vec::with_capacity(RECORD_HEADER + PAGE_DATA_HEAD + self.entries.len() * 8);
         head.extend_from_slice(&RecordHeader::bytes(record::PAGE_DATA, length));
         head.extend_from_slice(&(self.entries.len() as u64).to_le_bytes());
         for entry in &self.entries {
             head.extend_from_slice(&entry.word().to_le_bytes());
         }
-        let pages = self.pages.iter().map(|page| IoSlice::new(page));
-        let mut slices: Vec<_> = std::iter::once(IoSlice::new(head)).chain(pages).collect();
-        output.write_slices(&mut slices)
+        Some(Parcel { head, pieces: self.pieces, body: Some(body), then: None })
     }
 }

@@ -4,14 +4,11 @@ use std::io::Read as _;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use crate::engine::config::{Config, DiskName};
-use crate::engine::descriptor::Ringer;
 use crate::engine::disk::{Disk, DiskError};
 use crate::engine::error::SideError;
 use crate::engine::side_message::{Answer, Hello, MAX_VERDICTS, Refusal, Report, Verdicts};
@@ -44,26 +41,27 @@ pub(super) enum Saying {
 pub(super) struct Side {
     pub(super) agreed: Receiver<Agreed>,
     pub(super) sayings: Sender<Saying>,
-    pub(super) lost: Arc<AtomicBool>,
+    /// Has something in it once it is lost, or the source is done with it.
+    pub(super) lost: Receiver<()>,
     pub(super) socket: UnixStream,
 }
 
 impl Side {
-    pub(super) fn start(fd: OwnedFd, config: &Config, ringer: &Ringer) -> std::io::Result<Self> {
+    pub(super) fn start(fd: OwnedFd, config: &Config) -> std::io::Result<Self> {
         // Any stream socket will do: only read, write, timeouts and shutdown are used, which all of them share.
         let socket = UnixStream::from(fd);
         let serving = socket.try_clone()?;
         let (agreed_tx, agreed) = bounded(1);
         // Not more verdicts than references are outstanding, which the hello has bounded.
         let (sayings, sayings_rx) = unbounded();
-        let lost = Arc::new(AtomicBool::new(false));
-        let (config, ringer, lost_flag) = (config.clone(), ringer.clone(), Arc::clone(&lost));
+        // One from the thread that writes, one from the thread that waits for the end.
+        let (lost_tx, lost) = bounded(2);
+        let config = config.clone();
         std::thread::Builder::new().name("target-side".into()).spawn(move || {
-            if let Err(error) = serve(serving, &config, &agreed_tx, &sayings_rx, &lost_flag, &ringer) {
+            if let Err(error) = serve(serving, &config, &agreed_tx, &sayings_rx, &lost_tx) {
                 tracing::warn!(%error, "side channel lost");
             }
-            lost_flag.store(true, Ordering::Release);
-            ringer.ring();
+            let _ = lost_tx.try_send(());
         })?;
         Ok(Self { agreed, sayings, lost, socket })
     }
@@ -84,8 +82,7 @@ fn serve(
     config: &Config,
     agreed: &Sender<Agreed>,
     sayings: &Receiver<Saying>,
-    lost: &Arc<AtomicBool>,
-    ringer: &Ringer,
+    lost: &Sender<()>,
 ) -> Result<(), SideError> {
     let failed = |what| move |source| SideError::Io { what, source };
     socket.set_write_timeout(Some(VERDICT_TIMEOUT)).map_err(failed("setting a timeout"))?;
@@ -109,13 +106,12 @@ fn serve(
 
     // The source says nothing more; what a read brings is the end.
     let mut incoming = socket.try_clone().map_err(failed("copying the descriptor"))?;
-    let (lost, ringer) = (Arc::clone(lost), ringer.clone());
+    let lost = lost.clone();
     let watcher = std::thread::Builder::new()
         .name("target-side-end".into())
         .spawn(move || {
             let _ = incoming.read(&mut [0]);
-            lost.store(true, Ordering::Release);
-            ringer.ring();
+            let _ = lost.try_send(());
         })
         .map_err(failed("starting the side channel's thread"))?;
     let result = write_sayings(&mut socket, sayings);

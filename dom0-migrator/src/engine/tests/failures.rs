@@ -333,7 +333,7 @@ fn a_hostile_source_is_told_what_is_wrong() {
     let stream = |parts: &[Vec<u8>]| [beginning(), parts.concat(), ending()].concat();
     let after_verify = stream(&[record(kinds::VERIFY, &[]), references(0, 0..1)]);
     assert!(matches!(problem(target_says(&after_verify, 8)), StreamProblem::Forbidden(_)));
-    let late_writes = crate::engine::LateWrites::from_bitmap(&[1]).bodies().next().unwrap();
+    let late_writes = crate::engine::LateWrites::new(vec![1]).bodies().next().unwrap();
     let early = stream(&[record(memory_record::RECORD_TYPE, &late_writes)]);
     assert!(matches!(problem(target_says(&early, 8)), StreamProblem::Forbidden(_)));
     let gap = stream(&[references(0, 0..1), references(2, 1..2)]);

@@ -1,0 +1,111 @@
+//! A stream of a guest's memory, through the filters and copied, in turn.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+
+use crate::Failed;
+use crate::roles::{Role, Told};
+
+/// What to measure.
+#[derive(clap::Args)]
+pub struct Args {
+    /// A raw disk with an InnoDB data directory on it; it is only read
+    #[arg(long)]
+    disk: PathBuf,
+    /// Memory of the guest in MiB
+    #[arg(long, default_value_t = 4096)]
+    mib: u64,
+    /// Times that each is measured
+    #[arg(long, default_value_t = 3)]
+    runs: u32,
+}
+
+/// Measures, and prints JSON.
+pub fn run(args: &Args) -> Result<(), Failed> {
+    let filters = [Role::Generate, Role::Source, Role::Target, Role::Sink];
+    let copies = [Role::Generate, Role::Copy, Role::Copy, Role::Sink];
+    let one_copy = [Role::Generate, Role::Copy, Role::Sink];
+    let checked = chain(args, &filters, true)?;
+    let (written, read) = (checked[0].digest, checked[3].digest);
+    if written != read {
+        return Err(format!("memory differs: {written:#x} was written, {read:#x} was read").into());
+    }
+    let (mut with_filters, mut copied, mut copied_once) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..args.runs {
+        copied.push(chain(args, &copies, false)?);
+        with_filters.push(chain(args, &filters, false)?);
+        copied_once.push(chain(args, &one_copy, false)?);
+    }
+    let rate = |runs: &[Vec<Told>]| -> Vec<f64> {
+        let of_one = |told: &Vec<Told>| told.last().map_or(0.0, |sink| bytes(args) / sink.seconds);
+        runs.iter().map(of_one).collect()
+    };
+    let resident =
+        |place: usize| -> Vec<u64> { with_filters.iter().map(|told| told[place].resident_bytes).collect() };
+    let processor = |place: usize| -> Vec<f64> {
+        with_filters.iter().map(|told| told[place].processor_seconds).collect()
+    };
+    let report = serde_json::json!({
+        "source_processor": processor(1),
+        "target_processor": processor(2),
+        "filters": rate(&with_filters),
+        "copies": rate(&copied),
+        "one_copy": rate(&copied_once),
+        "source_resident": resident(1),
+        "target_resident": resident(2),
+        "source": with_filters.last().map(|told| told[1].counted.clone()),
+        "target": with_filters.last().map(|told| told[2].counted.clone()),
+    });
+    println!("{}", serde_json::to_string_pretty(&report)?);
+    Ok(())
+}
+
+fn bytes(args: &Args) -> f64 {
+    (args.mib << 20) as f64
+}
+
+/// Runs a chain of processes to its end; what they said, in order.
+fn chain(args: &Args, roles: &[Role], check: bool) -> Result<Vec<Told>, Failed> {
+    let directory = tempfile::tempdir()?;
+    let mut children: Vec<(Role, Child)> = Vec::new();
+    let mut from: Option<OwnedFd> = None;
+    for (place, &role) in roles.iter().enumerate() {
+        let mut command = Command::new(std::env::current_exe()?);
+        let name = format!("{role:?}").to_lowercase();
+        command.arg("role").arg(&name).arg("--disk").arg(&args.disk);
+        command.arg("--pages").arg((args.mib * 256).to_string());
+        command.arg("--side").arg(directory.path().join("side"));
+        command.arg("--report").arg(report_path(directory.path(), place));
+        if check {
+            command.arg("--check");
+        }
+        if let Some(from) = from.take() {
+            command.stdin(from);
+        }
+        if place + 1 < roles.len() {
+            let (near, far) = UnixStream::pair()?;
+            command.stdout(OwnedFd::from(near));
+            from = Some(OwnedFd::from(far));
+        }
+        children.push((role, command.spawn()?));
+    }
+    let mut failed = None;
+    for (role, child) in &mut children {
+        let status = child.wait()?;
+        if !status.success() {
+            failed.get_or_insert(format!("{role:?} ended with {status}"));
+        }
+    }
+    if let Some(failed) = failed {
+        return Err(failed.into());
+    }
+    (0..roles.len())
+        .map(|place| Ok(serde_json::from_slice(&std::fs::read(report_path(directory.path(), place))?)?))
+        .collect()
+}
+
+fn report_path(directory: &Path, place: usize) -> PathBuf {
+    directory.join(format!("report-{place}"))
+}
