@@ -75,12 +75,14 @@ impl Estimator {
         let mut pass = now - self.began + left;
         let mut all = left;
         for number in self.round.saturating_add(1)..=MOST_ROUNDS + 1 {
+            // So does the policy, unless it was told to go on when passes no longer shrink. It may stop sooner, too: then it was less.
+            if number > STOCK_ROUNDS + 1 && dirty_rate >= rate {
+                break;
+            }
             let pages = dirty_rate * pass;
             pass = pages / rate;
             all += pass;
-            // As the policy does unless it was told to go on when passes no longer shrink. It may stop sooner, too: then it was less.
-            let is_stalled = number > STOCK_ROUNDS && dirty_rate >= rate;
-            if is_stalled || pages < FEW_DIRTY_PAGES as f64 {
+            if pages < FEW_DIRTY_PAGES as f64 {
                 break;
             }
         }
