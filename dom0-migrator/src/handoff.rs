@@ -27,15 +27,25 @@ use nix::sys::socket::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::engine::{TRAVEL_BYTES_MAX, Travel};
 use crate::helper::policy::Limits;
+use crate::parcel;
 use crate::report::{CarriedReport, RestoreReport, SaveReport};
+use crate::timeline::{Mark, SourceSample};
 use crate::xen::DomainId;
 
 /// Environment variable with the socket's path.
 pub const ENVIRONMENT: &str = "POOLSKIP_HANDOFF";
 
-/// Longest message in bytes: a report is a few kilobytes.
+/// Longest message in a packet, in bytes; what is longer travels as a [`parcel`].
 const MESSAGE_MAX: usize = 128 * 1024;
+
+/// The packet that comes with a message in a parcel.
+const PARCEL: &[u8] = b"parcel";
+/// Longest such message in bytes.
+const PARCEL_MAX: u64 = 8 << 20;
+/// The packet that comes with [`Event::Travelled`].
+const TRAVEL: &[u8] = b"travel";
 
 /// Who connects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +112,14 @@ pub enum Event {
     },
     /// Something to be shown while it works.
     Phase(String),
+    /// The source's counters, about once a second.
+    Sampled(SourceSample),
+    /// Something happened at the source.
+    Marked(Mark),
+    /// How each page travelled. As it is, and not made into anything yet: the domain stands still while the source's helper
+    /// says this.
+    #[serde(skip)]
+    Travelled(Travel),
     /// The source's helper is done.
     Saved(Box<SaveReport>),
     /// The target's helper is done.
@@ -248,7 +266,21 @@ impl Peer {
     /// # Errors
     /// [`HandoffError`] when the command is gone.
     pub fn tell(&self, event: &Event) -> Result<(), HandoffError> {
-        self.send(&serde_json::to_vec(event)?, None)
+        let packing = |source| HandoffError::Io { what: "pack", source };
+        if let Event::Travelled(travel) = event {
+            let file = parcel::pack(travel.pieces()).map_err(packing)?;
+            return self.send(TRAVEL, Some(file.as_raw_fd()));
+        }
+        let bytes = serde_json::to_vec(event)?;
+        if bytes.len() <= MESSAGE_MAX {
+            return self.send(&bytes, None);
+        }
+        if bytes.len() as u64 > PARCEL_MAX {
+            let text = format!("a message of {} bytes, {PARCEL_MAX} at most are taken", bytes.len());
+            return Err(packing(io::Error::new(io::ErrorKind::InvalidInput, text)));
+        }
+        let file = parcel::pack([&bytes[..]]).map_err(packing)?;
+        self.send(PARCEL, Some(file.as_raw_fd()))
     }
 
     /// Gives an order, with its socket.
@@ -280,7 +312,16 @@ impl Peer {
     /// # Errors
     /// [`HandoffError`] for a message that cannot be understood.
     pub fn hear(&self) -> Result<Option<Event>, HandoffError> {
+        let unpacking = |source| HandoffError::Io { what: "unpack", source };
         Ok(match self.receive()? {
+            Some((bytes, Some(file))) if bytes == PARCEL => {
+                let bytes = parcel::unpack(file, PARCEL_MAX).map_err(unpacking)?;
+                Some(serde_json::from_slice(&bytes)?)
+            }
+            Some((bytes, Some(file))) if bytes == TRAVEL => {
+                let bytes = parcel::unpack(file, TRAVEL_BYTES_MAX).map_err(unpacking)?;
+                Some(Event::Travelled(Travel::from_bytes(&bytes).unwrap_or_default()))
+            }
             Some((bytes, _)) => Some(serde_json::from_slice(&bytes)?),
             None => None,
         })
@@ -336,6 +377,7 @@ fn packet_socket() -> Result<OwnedFd, HandoffError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Way;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -362,6 +404,32 @@ mod tests {
         assert_eq!(peer.hear().unwrap(), Some(Event::Phase("done".into())));
         assert_eq!(peer.hear().unwrap(), None);
         assert_eq!(helper.join().unwrap(), order);
+    }
+
+    #[test]
+    fn a_report_of_any_length_arrives() {
+        let travel = || {
+            let mut travel = Travel::default();
+            travel.span(70_000, 3, Way::Accepted);
+            travel
+        };
+        let listener = Listener::bind().unwrap();
+        let said = Event::Phase("long ".repeat(200_000));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let peer = Peer::connect(listener.path()).unwrap();
+                peer.tell(&said).unwrap();
+                peer.tell(&Event::Travelled(travel())).unwrap();
+                peer.tell(&Event::Travelled(Travel::default())).unwrap();
+                assert!(peer.tell(&Event::Phase("x".repeat(PARCEL_MAX as usize))).is_err());
+            });
+            let peer = listener.accept().unwrap();
+            assert_eq!(peer.hear().unwrap().as_ref(), Some(&said));
+            let Some(Event::Travelled(heard)) = peer.hear().unwrap() else { panic!("no map") };
+            assert_eq!((heard.way(70_002), heard.way(70_003)), (Way::Accepted, Way::Unseen));
+            assert_eq!(peer.hear().unwrap(), Some(Event::Travelled(Travel::default())));
+            assert_eq!(peer.hear().unwrap(), None);
+        });
     }
 
     #[test]

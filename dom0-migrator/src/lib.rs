@@ -9,6 +9,7 @@
 //! * [`command`]: `migrate` and `receive`, which run `xl` with this program as its helper; [`control`] is what they say to
 //!   each other, [`handoff`] what they say to the helpers, [`report`] what comes of it;
 //! * [`handover`]: which side may run the domain, written down on both before it is done;
+//! * [`timeline`], [`memory_map`]: what is seen of a migration from second to second and page by page;
 //! * [`xen`], [`xenstore`]: Xen's libraries and its tree of values.
 
 pub mod command;
@@ -18,8 +19,13 @@ pub mod engine;
 pub mod handoff;
 pub mod handover;
 pub mod helper;
+pub mod html;
 pub mod lists;
+pub mod memory_map;
+pub mod parcel;
 pub mod report;
+pub mod report_file;
 pub mod stream_head;
+pub mod timeline;
 pub mod xen;
 pub mod xenstore;

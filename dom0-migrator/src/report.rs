@@ -2,8 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::engine;
+use crate::engine::{self, Travel};
 use crate::lists::ListsReport;
+use crate::timeline::TargetSample;
 
 /// Bytes of the memory stream by what they were, as the source's filter counted them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,6 +54,9 @@ pub struct SaveReport {
     pub lists_problem: Option<String>,
     /// All counters of the filter.
     pub engine: serde_json::Value,
+    /// How each page travelled the last time; handed over apart from the rest.
+    #[serde(skip)]
+    pub travel: Travel,
 }
 
 impl SaveReport {
@@ -98,6 +102,9 @@ pub struct RestoreReport {
     pub verify_late_writes: Option<u64>,
     /// All counters of the filter.
     pub engine: serde_json::Value,
+    /// What it did from second to second.
+    #[serde(default)]
+    pub timeline: Vec<TargetSample>,
 }
 
 /// What went through the carrier of xl's stream.

@@ -1,6 +1,7 @@
 //! `cargo xtask demo`: the main job. One database guest, migrated by the stock helper and by Poolskip over the same link, side by
 //! side; then the proof that nothing of it is lost.
 
+mod page;
 mod picture;
 
 use std::path::PathBuf;
@@ -11,10 +12,11 @@ use serde::Serialize;
 
 use crate::deployment::Deployment;
 use crate::lab::{self, Host, Lab};
-use crate::migration::{Options, Report, migrate};
+use crate::migration::{self, Options, Report, migrate};
 use crate::proof::{self, Writer};
 use crate::setup;
 use crate::step::step;
+use page::Pages;
 
 /// Migrate a database guest between two Xen hosts, with the stock helper and with Poolskip, and compare.
 #[derive(clap::Args)]
@@ -22,6 +24,10 @@ pub struct Args {
     /// Write all figures to this file as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Write the report files of both measured migrations into this directory, and a page for a browser that has them side by
+    /// side: report.html
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
     /// Rate of the link between the hosts, in Mbit/s; low enough that the link sets the pace, not the emulated processor
     #[arg(long, value_name = "MBIT", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rate: u32,
@@ -122,13 +128,14 @@ pub fn run(args: &Args) -> Result<()> {
     setup::ensure()?;
     let deployment = Deployment::build()?;
     let rate = u64::from(args.rate) * 1_000_000;
+    let pages = args.report.as_deref().map(Pages::new).transpose()?;
 
     let stock = {
         let lab = step("the lab, for the stock migration", || Lab::warm(&lab::Options::default()))?;
         deployment.install(&lab)?;
         deployment.start_probe(&lab, "")?;
         step("migrating with the stock helper", || {
-            measure(&lab, rate, Options { stock: true, verify: false })
+            measure(&lab, rate, Options { stock: true, verify: false }, pages.as_ref())
         })?
     };
 
@@ -138,7 +145,11 @@ pub fn run(args: &Args) -> Result<()> {
     deployment.install(&lab)?;
     deployment.start_probe(&lab, "")?;
     let server = proof::server(&lab)?;
-    let poolskip = step("migrating with Poolskip", || measure(&lab, rate, Options::default()))?;
+    let poolskip =
+        step("migrating with Poolskip", || measure(&lab, rate, Options::default(), pages.as_ref()))?;
+    if let Some(pages) = &pages {
+        pages.write(deployment.migrator())?;
+    }
     let lists = poolskip
         .report
         .lists
@@ -165,8 +176,8 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Migrates from source to target over the limited link with the ticker running.
-fn measure(lab: &Lab, rate: u64, options: Options) -> Result<Measured> {
+/// Migrates from source to target over the limited link with the ticker running; the report is kept if pages are wanted.
+fn measure(lab: &Lab, rate: u64, options: Options, pages: Option<&Pages>) -> Result<Measured> {
     lab.set_link_rate(Some(rate))?;
     lab.set_clocks()?;
     Deployment::start_ticker(lab)?;
@@ -184,6 +195,10 @@ fn measure(lab: &Lab, rate: u64, options: Options) -> Result<Measured> {
     }
     let downtime: Duration = Deployment::stop_ticker(lab)?;
     lab.set_link_rate(None)?;
+    if let Some(pages) = pages {
+        let report_file = migration::report_file(lab, Host::Source)?;
+        pages.keep(options.stock, &report_file, downtime.as_secs_f64())?;
+    }
     Ok(Measured { downtime_seconds: downtime.as_secs_f64(), report })
 }
 

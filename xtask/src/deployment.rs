@@ -104,6 +104,11 @@ impl Deployment {
         })
     }
 
+    /// `dom0-migrator`, which runs here too.
+    pub fn migrator(&self) -> &Path {
+        &self.migrator
+    }
+
     /// Puts the files into both hosts and the guest, loads the module and starts the probe beside the running mysqld.
     ///
     /// # Errors

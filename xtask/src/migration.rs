@@ -12,8 +12,10 @@ use crate::lab::{Host, Lab, Spawned};
 /// The guest of the lab.
 pub const DOMAIN: &str = "db1";
 
-/// Where the sender writes its report.
+/// Where the sender writes its summary.
 const REPORT: &str = "/run/migration.json";
+/// Where it writes its report file, of which a page can be made.
+const REPORT_FILE: &str = "/run/migration-report.json";
 
 /// Limit for one migration; one takes one to three minutes, more when the machine is loaded.
 const LIMIT: Duration = Duration::from_secs(1500);
@@ -123,8 +125,10 @@ pub fn start_with(lab: &Lab, from: Host, flags: &[&str]) -> Result<Started> {
         lab.host(to).spawn(&format!("exec {MIGRATOR} receive --listen {address} --once --plain"))?;
     receiver.wait_for(READY, LIMIT).context("the receiving side does not start")?;
     // Plain: the lab's figures are of the stream, and TLS under emulation would cost more than the link does.
-    let mut command =
-        format!("rm -f {REPORT}; exec {MIGRATOR} migrate {DOMAIN} {address} --plain --json {REPORT}");
+    let mut command = format!(
+        "rm -f {REPORT} {REPORT_FILE}; \
+         exec {MIGRATOR} migrate {DOMAIN} {address} --plain --json {REPORT} --report {REPORT_FILE}"
+    );
     for flag in flags {
         command += " ";
         command += flag;
@@ -180,6 +184,14 @@ fn show_from(text: &str, from: usize) -> usize {
         eprintln!("    {line}");
     }
     from + end + 1
+}
+
+/// The report file of the last migration from a host.
+///
+/// # Errors
+/// When there is none, as after a full disk.
+pub fn report_file(lab: &Lab, from: Host) -> Result<Vec<u8>> {
+    lab.host(from).pull(REPORT_FILE).context("the sender has left no report file")
 }
 
 /// Migrates the guest from one host to the other; the report.

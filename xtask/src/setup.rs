@@ -31,6 +31,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("e2fsprogs", "file systems of the lab and of the tests"),
     ("xfsprogs", "file systems of the tests"),
     ("fdisk", "partitions of the lab's disk"),
+    ("chromium", "a test looks at the page that `dom0-migrator report` makes"),
     ("fio", "what a disk can do, for `bench reload`"),
     ("openssl", "a key to try the kernel module's signature with"),
 ];

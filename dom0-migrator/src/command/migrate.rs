@@ -17,7 +17,9 @@ use super::connection::Transport;
 use super::domain::{self, Domain, DomainError};
 use super::judge::{Ended, judge};
 use super::link::{self, Link, LinkError};
-use super::progress::Progress;
+use super::metrics::Metrics;
+use super::observer::{Observed, Observer};
+use super::progress::{Progress, show_summary};
 use super::settle::{self, SettleError};
 use super::summary::{Outcome, Parts, Summary};
 use super::watch::{Happening, Run, Seen, serve, start_xl};
@@ -25,7 +27,7 @@ use super::{
     EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MIGRATED, EXIT_NOT_BEGUN, EXIT_UNDEFINED, Migrate, connection,
     signals,
 };
-use crate::control::{HelperKind, Token};
+use crate::control::{HelperKind, TargetOutcome, Token};
 use crate::disks;
 use crate::handoff::{HandoffError, Listener, Order};
 use crate::handover::record::{Process, Record, RecordError, Records};
@@ -97,9 +99,10 @@ pub fn run(options: &Migrate, configuration: &Configuration) -> u8 {
         .map_err(system("signals"))
         .and_then(|()| migrate(options, configuration, &tell, &happenings));
     match migrated {
-        Ok(summary) => {
-            print!("{summary}");
+        Ok((summary, observed)) => {
+            show_summary(options.progress, &summary);
             write_json(json, &summary);
+            observed.close(options, &summary);
             match summary.outcome {
                 Outcome::Migrated => EXIT_MIGRATED,
                 Outcome::Failed => EXIT_FAILED,
@@ -134,7 +137,7 @@ fn migrate(
     configuration: &Configuration,
     tell: &Sender<Happening>,
     happenings: &Receiver<Happening>,
-) -> Result<Summary, MigrateError> {
+) -> Result<(Summary, Observed), MigrateError> {
     let transport = configuration.transport(&options.connecting)?;
     let records = Records::open(Some(&configuration.records))?;
     records.prune();
@@ -147,6 +150,13 @@ fn migrate(
         helper = HelperKind::Stock;
     }
     let started = Instant::now();
+    let metrics = Metrics::start(
+        &domain.name,
+        &options.target,
+        options.metrics_listen,
+        options.metrics_file.as_deref(),
+    );
+    let metrics = metrics.map_err(system("the port for metrics"))?;
     let token = Token::random().map_err(system("a random token"))?;
     let mut link = Link::open(
         &connection::with_port(&options.target),
@@ -173,7 +183,8 @@ fn migrate(
     serve(&listener, &link, order, tell).map_err(system("handoff"))?;
     let mut record =
         records.begin(&token, SourceState::Sending, &domain.name, Some(domain.id), &link.target)?;
-    let progress = Progress::new(&domain.name, &options.target);
+    let progress = Progress::new(options.progress, &domain.name, &options.target);
+    let observer = Observer::new(started, progress, metrics);
     let xl = match start_xl(options, &domain, helper, &listener, tell) {
         Ok(xl) => xl,
         Err(error) => {
@@ -185,21 +196,24 @@ fn migrate(
     };
     let process = Process::of(xl.pid());
     record.amend(|content| content.xl = process)?;
-    let mut run = Run { xl, helper, progress, link: &mut link, record: &mut record, seen: Seen::default() };
+    let mut run = Run { xl, helper, observer, link: &mut link, record: &mut record, seen: Seen::default() };
     let status = run.watch(happenings);
     let total_seconds = started.elapsed().as_secs_f64();
     run.end_orphan(status);
     run.collect(happenings);
     let said = run.xl.said();
-    run.progress.finish();
+    let before_end = run.link.carried();
+    let mut observed = run.observer.finish(before_end.total());
     let Seen { saved, carried, interrupted, .. } = run.seen;
     listener.close();
-    let before_end = link.carried();
     link.hang_up(!matches!(record.state(), SourceState::Sending));
-    let target = match record.state() {
+    let mut target = match record.state() {
         SourceState::Given => Err(format!("{} cannot be reached", link.target)),
         _ => link.outcome(),
     };
+    if let Ok(TargetOutcome { restore: Some(restore), .. }) = &mut target {
+        observed.target = std::mem::take(&mut restore.timeline);
+    }
     // The guest is told what xl's helper could not tell it.
     if record.state() != SourceState::Gone && saved.is_none() && helper == HelperKind::Poolskip {
         tell_guest(&domain);
@@ -209,7 +223,7 @@ fn migrate(
     let (outcome, error) = judge(&ended, record.state(), settled.err());
     let mut wire = link.carried();
     (wire.stream, wire.side) = (before_end.stream, before_end.side);
-    Ok(Summary::new(Parts {
+    let summary = Summary::new(Parts {
         domain: domain.name,
         helper,
         outcome,
@@ -220,7 +234,8 @@ fn migrate(
         carried,
         disks_refused,
         target: target.ok(),
-    }))
+    });
+    Ok((summary, observed))
 }
 
 /// Finds the domain, after an earlier migration of it that was cut off is settled.

@@ -10,11 +10,15 @@ mod follow;
 mod host;
 mod judge;
 mod link;
+mod metrics;
 mod migrate;
+mod observer;
 mod progress;
 mod pump;
 mod receive;
 mod relay;
+mod remaining;
+mod report;
 mod resolve;
 mod session;
 mod settle;
@@ -25,6 +29,8 @@ mod tls;
 mod watch;
 mod xl_words;
 
+pub use progress::Form as ProgressForm;
+pub use report::Report;
 pub use summary::{Outcome, Summary};
 
 use std::net::SocketAddr;
@@ -85,6 +91,8 @@ pub enum Command {
     /// Certificates for the hosts, by which they know each other.
     #[command(subcommand)]
     Certificates(Certificates),
+    /// Make a page for a browser of a migration's report file.
+    Report(Report),
     /// Carry xl's stream to the network (started by xl for `migrate`).
     #[command(hide = true)]
     Carry,
@@ -101,6 +109,21 @@ pub struct Migrate {
     /// Write the summary to a file, as JSON.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Write the report, of which `report` makes a page, to this file, and not to DOMAIN-DATE.json in
+    /// /var/lib/poolskip/reports (or in the directory that POOLSKIP_REPORTS names).
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// How progress is shown.
+    #[arg(long, value_enum, value_name = "FORM", default_value_t)]
+    pub progress: ProgressForm,
+    /// Serve figures for Prometheus here while the migration runs, at /metrics. Nobody is asked who he is: 127.0.0.1 or a network of
+    /// the hosts alone.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// Write figures for Prometheus to this file, for node_exporter's textfile collector: of the migration that runs, and then of
+    /// the last one.
+    #[arg(long, value_name = "FILE.prom")]
+    pub metrics_file: Option<PathBuf>,
     /// Send all memory once more at the end and compare it at the target; fail on any difference.
     #[arg(long)]
     pub debug: bool,
@@ -202,6 +225,7 @@ pub struct Cancel {
 pub fn run(line: CommandLine) -> ExitCode {
     let CommandLine { config, command } = line;
     let code = match command {
+        Command::Report(options) => report::run(&options),
         // xl's own environment may be anything; this needs nothing but the command that it works for.
         Command::Carry => carry::run(),
         Command::Certificates(Certificates::Make(options)) => certificates::run(&options),
@@ -225,6 +249,6 @@ fn run_configured(command: Command, configuration: &Configuration) -> u8 {
         Command::Status(options) => status::status(&options, records),
         Command::List(options) => status::list(&options, records),
         Command::Cancel(options) => status::cancel(&options, records),
-        Command::Carry | Command::Certificates(_) => EXIT_NOT_BEGUN,
+        Command::Carry | Command::Certificates(_) | Command::Report(_) => EXIT_NOT_BEGUN,
     }
 }

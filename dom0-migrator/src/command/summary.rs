@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::control::{HelperKind, TargetOutcome};
 use crate::disks::RefusedDisk;
@@ -10,7 +10,7 @@ use crate::lists::ListsReport;
 use crate::report::{BytesByClass, CarriedReport, SaveReport};
 
 /// How a migration ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Outcome {
     /// The domain runs at the target.

@@ -13,7 +13,7 @@ use super::Migrate;
 use super::child::{self, Xl};
 use super::domain::Domain;
 use super::link::Link;
-use super::progress::Progress;
+use super::observer::Observer;
 use crate::control::HelperKind;
 use crate::handoff::{Answer, Event, HandoffError, Listener, Order, Peer, Role};
 use crate::handover::record::{self, Record};
@@ -142,7 +142,7 @@ pub struct Run<'a> {
     /// Which helper it runs.
     pub helper: HelperKind,
     /// Where it is shown.
-    pub progress: Progress,
+    pub observer: Observer,
     /// The connections.
     pub link: &'a mut Link,
     /// The record.
@@ -160,6 +160,8 @@ impl Run<'_> {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => std::thread::sleep(TICK),
             }
+            let link = &*self.link;
+            self.observer.tick(|| link.carried().total());
             match self.xl.try_wait() {
                 Ok(None) => {}
                 Ok(Some(status)) => return Some(status),
@@ -170,7 +172,7 @@ impl Run<'_> {
             }
             if !self.seen.interrupted && self.seen.saved.is_none() && self.record.is_cancelled() {
                 self.seen.interrupted = true;
-                self.progress.line("cancelled: giving up, the domain stays here");
+                self.observer.line("cancelled: giving up, the domain stays here");
             }
             if self.seen.interrupted {
                 self.interrupt();
@@ -204,15 +206,21 @@ impl Run<'_> {
 
     fn handle(&mut self, happening: Happening) {
         match happening {
-            Happening::Heard(Event::Hello { role: Role::Save, pid, .. }) => self.seen.save_helper = Some(pid),
+            Happening::Heard(Event::Hello { role: Role::Save, pid, .. }) => {
+                self.seen.save_helper = Some(pid);
+                self.observer.helper_began();
+            }
             Happening::Heard(Event::Hello { role: Role::Carrier, .. }) => self.seen.carrier = true,
             Happening::Heard(Event::Hello { .. } | Event::Restored(_) | Event::Permission) => {}
             Happening::Heard(Event::Progress { round, done, total }) => {
-                self.progress.pass(round, done, total);
+                self.observer.passed(round, done, total);
                 (self.seen.shown.round, self.seen.shown.done, self.seen.shown.total) = (round, done, total);
             }
+            Happening::Heard(Event::Sampled(sample)) => self.observer.sampled(sample),
+            Happening::Heard(Event::Marked(mark)) => self.observer.marked(mark),
+            Happening::Heard(Event::Travelled(travel)) => self.observer.travelled(travel),
             Happening::Heard(Event::Phase(phase)) => {
-                self.progress.phase(&phase);
+                self.observer.progress.phase(&phase);
                 self.seen.shown.phase = phase;
             }
             Happening::Permission(carrier) => {
@@ -235,14 +243,14 @@ impl Run<'_> {
             Happening::Gone(Role::Restore) => {}
             Happening::Line(line) => {
                 self.seen.saving |= line.starts_with("Saving to migration stream");
-                self.progress.line(&line);
+                self.observer.line(&line);
             }
             Happening::Signal(signal) if self.seen.saved.is_some() => {
-                self.progress.line(&format!("{signal}: too late, all memory is sent; a few seconds more"));
+                self.observer.line(&format!("{signal}: too late, all memory is sent; a few seconds more"));
             }
             Happening::Signal(signal) => {
                 self.seen.interrupted = true;
-                self.progress.line(&format!("{signal}: giving up, the domain stays here"));
+                self.observer.line(&format!("{signal}: giving up, the domain stays here"));
             }
         }
     }
@@ -251,19 +259,19 @@ impl Run<'_> {
     fn hand_over(&mut self) -> Answer {
         if self.seen.interrupted || self.record.is_cancelled() {
             self.seen.interrupted = true;
-            self.progress.line("given up before the target had permission; the domain stays here");
+            self.observer.line("given up before the target had permission; the domain stays here");
             return Answer::Kept;
         }
         if let Err(error) = self.record.step(SourceEvent::Permission) {
             // Nothing has been said to the target: it must not run it, so this side may.
-            self.progress.line(&format!("the hand-over cannot be recorded, the domain stays here: {error}"));
+            self.observer.line(&format!("the hand-over cannot be recorded, the domain stays here: {error}"));
             return Answer::Kept;
         }
         let domain = self.record.content().domain.clone();
         let verdict = match self.link.give(&domain) {
             Ok(verdict) => verdict,
             Err(problem) => {
-                self.progress.line(&format!("not known whether the target runs it: {problem}"));
+                self.observer.line(&format!("not known whether the target runs it: {problem}"));
                 return Answer::Doubt;
             }
         };
@@ -272,7 +280,7 @@ impl Run<'_> {
             Ok(SourceState::Kept) => Answer::Kept,
             Ok(_) => Answer::Doubt,
             Err(error) => {
-                self.progress
+                self.observer
                     .line(&format!("the target says {verdict:?}, which cannot be recorded: {error}"));
                 Answer::Doubt
             }

@@ -51,6 +51,8 @@ pub mod side_message;
 mod source;
 mod summary;
 mod target;
+mod travel;
+mod watch;
 mod window;
 pub mod xen_stream;
 
@@ -66,3 +68,5 @@ pub use summary::{
     DiskSummary, DrainReport, RefusalCounts, SourceStats, SourceSummary, TargetStats, TargetSummary,
 };
 pub use target::{TargetFilter, TargetParts};
+pub use travel::{BYTES_MAX as TRAVEL_BYTES_MAX, PFNS_MAX, Travel, Way, WayCounts};
+pub use watch::Watch;

@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::late_writes::LateWrites;
+use super::travel::{Travel, WayCounts};
 
 /// The source filter's counters; bytes are bytes, times are seconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -57,6 +58,8 @@ pub struct SourceStats {
     pub references_outstanding_peak: u64,
     /// Passes over memory that have begun, the one after suspension included.
     pub rounds: u32,
+    /// Pages by the way that they went, each time that they went; VERIFY's not counted.
+    pub ways: WayCounts,
     /// Time spent hashing.
     pub hashing_seconds: f64,
     /// Time that the drain before suspension took.
@@ -108,6 +111,9 @@ pub struct SourceSummary {
     pub disks: Vec<DiskSummary>,
     /// Guest pages that the map placed on disks.
     pub pages_mapped: u64,
+    /// How each page travelled the last time.
+    #[serde(skip)]
+    pub travel: Travel,
 }
 
 /// What [`drain`](super::SourceFilter::drain) did.

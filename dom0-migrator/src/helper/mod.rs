@@ -22,6 +22,7 @@ pub mod channel;
 pub mod message;
 pub mod policy;
 mod restore;
+pub(crate) mod sampling;
 mod save;
 mod stream;
 pub mod verify;

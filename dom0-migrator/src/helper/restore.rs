@@ -9,6 +9,7 @@ use super::arguments::RestoreArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::{Callback, CallbackSet, Message};
 use super::policy::Limits;
+use super::sampling::RestoreSampling;
 use super::stream::LibraryEnd;
 use super::verify::VerifyWatch;
 use super::{HelperError, Libraries, complete, take_descriptor};
@@ -39,7 +40,7 @@ pub fn run(arguments: &RestoreArguments, channel: &Arc<Channel>) -> Result<(), C
         .inspect_err(|error| channel.log(Level::WARN, &format!("{error}; going on without")))
         .ok()
         .flatten();
-    let result = restore(arguments, channel, peer.as_ref(), &mut report);
+    let result = restore(arguments, channel, peer.as_ref(), started, &mut report);
     report.seconds = started.elapsed().as_secs_f64();
     report.error = result.as_ref().err().map(ToString::to_string);
     report.cut_short = matches!(&result, Err(HelperError::Engine(EngineError::Truncated { .. })));
@@ -57,6 +58,7 @@ fn restore(
     arguments: &RestoreArguments,
     channel: &Arc<Channel>,
     peer: Option<&Peer>,
+    started: Instant,
     report: &mut RestoreReport,
 ) -> Result<Restored, HelperError> {
     let wire = take_descriptor(arguments.io_fd)?;
@@ -82,6 +84,7 @@ fn restore(
         side,
         config: Config { own_disks: Some(own_disks), ..Config::default() },
     })?;
+    let sampling = RestoreSampling::start(started, &engine);
     let mut restorer = Restorer { channel: channel.clone(), callbacks: arguments.callbacks };
     let restored = libraries.guest.restore(
         &libraries.control,
@@ -93,6 +96,7 @@ fn restore(
     // A filter that still writes finds nobody there.
     drop(library_end);
     let finished = finish_soon(engine, report);
+    report.timeline = sampling.finish();
     let differences = watch.differences(finished.as_ref().unwrap_or(&LateWrites::default()));
     report.verified = watch.enabled();
     report.verify_mismatches = watch.enabled().then_some(differences.unexplained);

@@ -11,6 +11,7 @@ use super::arguments::SaveArguments;
 use super::channel::{Channel, ChannelError};
 use super::message::Message;
 use super::policy::{Limits, Observed, Policy};
+use super::sampling::SaveSampling;
 use super::stream::{LibraryEnd, Terminated};
 use super::{HelperError, Libraries, complete, take_descriptor};
 use crate::disks;
@@ -18,6 +19,7 @@ use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts};
 use crate::handoff::{Event, Order, Peer, Role};
 use crate::lists::{self, Requester};
 use crate::report::SaveReport;
+use crate::timeline::Moment;
 use crate::xen::DomainId;
 use crate::xen::guest::{Precopy, PrecopyStats, SaveCallbacks};
 use crate::xen::logger::{Level, Sink};
@@ -49,10 +51,11 @@ pub fn run(arguments: &SaveArguments, channel: &Arc<Channel>) -> Result<(), Chan
         .ok()
         .flatten()
         .map(Arc::new);
-    let result = save(arguments, channel, peer.as_ref(), &mut report);
+    let result = save(arguments, channel, peer.as_ref(), started, &mut report);
     report.seconds = started.elapsed().as_secs_f64();
     report.error = result.as_ref().err().map(ToString::to_string);
     if let Some(peer) = &peer {
+        let _ = peer.tell(&Event::Travelled(std::mem::take(&mut report.travel)));
         let _ = peer.tell(&Event::Saved(Box::new(report)));
     }
     complete(channel, &result)
@@ -62,6 +65,7 @@ fn save(
     arguments: &SaveArguments,
     channel: &Arc<Channel>,
     peer: Option<&Arc<Peer>>,
+    started: Instant,
     report: &mut SaveReport,
 ) -> Result<(), HelperError> {
     let domain = arguments.domain;
@@ -93,17 +97,20 @@ fn save(
         },
     })?;
     hints.tell(RequestKind::Begun);
+    let sampling = SaveSampling::start(started, peer, &engine);
     let policy = Policy::new(order.limits);
-    let began = Instant::now();
-    let mut saver =
-        Saver { channel: channel.clone(), engine, terminated: terminated.clone(), round, policy, began };
+    let (channel, terminator, began) = (channel.clone(), terminated.clone(), Instant::now());
+    let mut saver = Saver { channel, engine, sampling, terminated: terminator, round, policy, began };
     let saved =
         libraries.guest.save(&libraries.control, library_end.as_fd(), domain, arguments.flags, &mut saver);
     // The end of the stream for the filter; the thread that waits for SIGTERM keeps a copy, so it is said aloud.
     library_end.close();
-    let finished = if saved.is_ok() { saver.engine.finish() } else { finish_soon(saver.engine, report) };
-    if let Ok(summary) = &finished {
+    let mut finished = if saved.is_ok() { saver.engine.finish() } else { finish_soon(saver.engine, report) };
+    // A last sample, before the report that is the last word.
+    drop(saver.sampling);
+    if let Ok(summary) = &mut finished {
         report.count(summary);
+        report.travel = std::mem::take(&mut summary.travel);
     }
     let result = match (saved, finished) {
         (Ok(()), Ok(_)) => Ok(()),
@@ -217,6 +224,7 @@ impl Hints {
 struct Saver {
     channel: Arc<Channel>,
     engine: SourceFilter,
+    sampling: SaveSampling,
     terminated: Terminated,
     round: Arc<AtomicU32>,
     policy: Policy,
@@ -224,9 +232,11 @@ struct Saver {
 }
 
 impl Saver {
-    fn enter_round(&self, round: u32) {
+    /// A pass begins (0 is the first), of so many pages if that is known.
+    fn enter_round(&self, round: u32, pages: Option<u64>) {
         self.round.store(round + 1, Ordering::Relaxed);
         self.engine.enter_round(round);
+        self.sampling.mark(Moment::Round { number: round.saturating_add(1), pages });
     }
 }
 
@@ -238,7 +248,8 @@ impl SaveCallbacks for Saver {
         });
         if suspended != 0 {
             self.engine.suspended();
-            self.enter_round(self.round.load(Ordering::Relaxed));
+            self.sampling.mark(Moment::Suspended);
+            self.enter_round(self.round.load(Ordering::Relaxed), None);
         }
         suspended
     }
@@ -252,11 +263,14 @@ impl SaveCallbacks for Saver {
         self.channel.log(Level::INFO, &decision.to_string());
         let mut answer = decision.answer;
         if stats.dirty_count > 0 {
-            self.enter_round(stats.iteration);
+            self.enter_round(stats.iteration, u64::try_from(stats.dirty_count).ok());
         }
         if answer == Precopy::StopAndCopy {
             // Nothing may wait for storage while the domain is suspended.
-            match self.engine.drain() {
+            self.sampling.mark(Moment::Drain);
+            let drained = self.engine.drain();
+            self.sampling.mark(Moment::Drained);
+            match drained {
                 Ok(drained) => {
                     let words = format!(
                         "drained in {:.2} s: {} references outstanding, {} accepted, {} refused, {} replaced",

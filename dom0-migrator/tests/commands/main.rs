@@ -15,6 +15,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dom0_migrator::command::{EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MIGRATED, EXIT_NOT_BEGUN, EXIT_UNDEFINED};
+use dom0_migrator::report_file;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -53,6 +54,11 @@ impl Host {
         self.directory.path().join(format!("xs/local/domain/{id}"))
     }
 
+    /// Where `migrate` leaves its reports.
+    fn reports(&self) -> PathBuf {
+        self.directory.path().join("reports")
+    }
+
     /// Names of all domains but dom0.
     fn domains(&self) -> Vec<String> {
         let all = fs::read_dir(self.directory.path().join("xs/local/domain")).unwrap();
@@ -72,6 +78,7 @@ impl Host {
             .env("XS", directory.join("xs"))
             .env("POOLSKIP_MIGRATIONS", directory.join("migrations"))
             .env("FAULT", fault)
+            .env("POOLSKIP_REPORTS", self.reports())
             .stderr(Stdio::piped());
         command
     }
@@ -253,6 +260,50 @@ fn a_domain_goes_and_the_bytes_are_counted() {
     assert_eq!(ended.summary["pages_referenced"], serde_json::Value::Null);
     assert_eq!(receiver.exit(), Some(i32::from(EXIT_MIGRATED)));
     assert_eq!((source.domains(), target.domains()), (vec![], vec!["db1".to_owned()]));
+}
+
+#[test]
+fn every_migration_leaves_a_report() {
+    let (source, target) = (Host::new().with_domain(3, "db1"), Host::new());
+    let receiver = target.receive("", &[]);
+    source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+    let reports: Vec<PathBuf> =
+        fs::read_dir(source.reports()).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let name = reports[0].file_name().unwrap().to_str().unwrap();
+    assert!(reports.len() == 1 && name.starts_with("db1-2") && name.ends_with("Z.json"), "{reports:?}");
+    let report = report_file::parse(&fs::read(&reports[0]).unwrap()).unwrap();
+    assert_eq!((report.domain.as_str(), report.target.as_str()), ("db1", receiver.address.as_str()));
+    assert!((1_000_000..1_010_000).contains(&report.wire_bytes));
+    assert_eq!(report.timeline.wire.last().unwrap().bytes, report.number("/wire_bytes").unwrap());
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_a_warning() {
+    let (source, target) = (Host::new().with_domain(3, "db1"), Host::new());
+    let receiver = target.receive("", &[]);
+    let mut command = source.command("");
+    command.args([
+        "migrate",
+        "db1",
+        &receiver.address,
+        "--stock",
+        "--report",
+        "/dev/full",
+        "--progress",
+        "json",
+    ]);
+    let output = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(i32::from(EXIT_MIGRATED)), "{stderr}");
+    assert!(stderr.contains("warning") && stderr.contains("/dev/full"), "{stderr}");
+    // Every line on stdout is an object; the summary is the last.
+    let lines = String::from_utf8(output.stdout).unwrap();
+    let events: Vec<serde_json::Value> =
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(events[0]["event"], "begun");
+    assert_eq!(events.last().unwrap()["event"], "summary");
+    assert_eq!(events.last().unwrap()["summary"]["outcome"], "migrated");
+    assert!(!source.reports().exists());
 }
 
 #[test]

@@ -17,6 +17,7 @@ use crate::engine::memory_record::{self, Builder};
 use crate::engine::outlet::{Outlet, Parcel};
 use crate::engine::pool::{Buffer, Pool};
 use crate::engine::summary::{DrainReport, SourceStats};
+use crate::engine::travel::Travel;
 use crate::engine::window::Window;
 use crate::engine::xen_stream::{MAX_PAGE_DATA, PageData, RecordHeader, is_page_table, record};
 
@@ -51,6 +52,7 @@ pub(super) struct Filter {
     /// Number of the last sync record sent, and of the last one answered.
     pub(super) syncs: (u64, u64),
     pub(super) stats: SourceStats,
+    pub(super) travel: Travel,
     /// Bytes handed to the outlet.
     pub(super) bytes_sent: u64,
     pub(super) shared: Arc<Mutex<SourceStats>>,
@@ -108,6 +110,7 @@ impl Filter {
         // All classes are counted when they are sent off.
         self.stats.bytes_other = self.bytes_sent.saturating_sub(classes);
         self.stats.references_outstanding = self.window.outstanding() as u64;
+        self.stats.ways = self.travel.counts();
         self.shared.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.stats);
     }
 
@@ -196,6 +199,7 @@ impl Filter {
             self.stats.pages_raw += count;
             self.stats.pages_page_table +=
                 pages.entries().filter(|entry| is_page_table(entry.page_type)).count() as u64;
+            self.travel.record(&pages, record.pass > 1);
         }
         self.stats.bytes_page_data += pages.data.len() as u64;
         let head = RecordHeader::bytes(header.kind, header.length as usize).to_vec();
@@ -209,10 +213,10 @@ impl Filter {
         mut self,
         intake: Intake<ToWorkers>,
         result: Result<(), EngineError>,
-    ) -> Result<SourceStats, EngineError> {
+    ) -> Result<(SourceStats, Travel), EngineError> {
         self.publish();
         intake.stop();
-        let Self { arrived, outlet, mut stats, bytes_sent, shared, .. } = self;
+        let Self { arrived, outlet, mut stats, travel, bytes_sent, shared, .. } = self;
         drop(arrived);
         let written = outlet.end(result.is_err());
         intake.end();
@@ -223,7 +227,7 @@ impl Filter {
         match (result, written) {
             // The filter noticed only that the outlet had gone.
             (Ok(()) | Err(EngineError::Gone), Err(error)) => Err(error),
-            (result, _) => result.map(|()| stats),
+            (result, _) => result.map(|()| (stats, travel)),
         }
     }
 }

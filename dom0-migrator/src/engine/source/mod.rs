@@ -170,6 +170,7 @@ impl SourceFilter {
             drain: None,
             syncs: (0, 0),
             stats: summary.stats.clone(),
+            travel: super::travel::Travel::default(),
             bytes_sent: 0,
             shared: Arc::clone(&stats),
             builder: Builder::default(),
@@ -182,7 +183,7 @@ impl SourceFilter {
                     side.close();
                 }
                 let result = filter.end(intake, result);
-                result.map(|stats| SourceSummary { stats, ..summary })
+                result.map(|(stats, travel)| SourceSummary { stats, travel, ..summary })
             })
             .map_err(EngineError::Start)?;
         Ok(Self { requests, ringer, aborted, stats, thread })
@@ -220,6 +221,11 @@ impl SourceFilter {
     /// The counters as they are now.
     pub fn stats(&self) -> SourceStats {
         self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A look at the counters that outlives the filter.
+    pub fn watch(&self) -> super::Watch<SourceStats> {
+        super::Watch(Arc::clone(&self.stats))
     }
 
     /// Whether the filter's thread has ended.

@@ -5,9 +5,10 @@ use std::sync::atomic::Ordering;
 use super::filter::Filter;
 use super::work::{Class, Record};
 use crate::engine::error::EngineError;
-use crate::engine::memory_record::{self, SpanKind};
+use crate::engine::memory_record::{self, Span, SpanKind};
 use crate::engine::outlet::{Parcel, Piece, add_range};
 use crate::engine::reference_map::Place;
+use crate::engine::travel::Way;
 use crate::engine::xen_stream::{PAGE, PAGE_DATA_HEAD, PageData, RECORD_HEADER, RecordHeader, is_page_table};
 
 impl Filter {
@@ -84,6 +85,7 @@ impl Filter {
         let (mut at, mut raw) = (raw_at, 0);
         for span in &self.builder.spans {
             let count = span.count as usize;
+            self.travel.span(span.first.pfn, u64::from(span.count), way(span, record.pass > 1));
             match span.kind {
                 SpanKind::Raw => {
                     add_range(&mut pieces, at..at + count * PAGE);
@@ -115,6 +117,18 @@ impl Filter {
         self.builder.write_head(first, &mut head);
         self.stats.bytes_page_data += (raw * PAGE) as u64;
         self.send(Parcel { head, pieces, body: Some(record.body), then: None })
+    }
+}
+
+/// The way that a span goes; `again`: in a pass after the first.
+fn way(span: &Span, again: bool) -> Way {
+    match span.kind {
+        SpanKind::NoData => Way::NoData,
+        SpanKind::Zero => Way::Zero,
+        SpanKind::Reference { .. } => Way::Referenced,
+        SpanKind::Raw if is_page_table(span.first.page_type) => Way::PageTable,
+        SpanKind::Raw if again => Way::Resent,
+        SpanKind::Raw => Way::Raw,
     }
 }
 

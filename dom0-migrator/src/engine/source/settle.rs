@@ -11,6 +11,7 @@ use crate::engine::memory_record;
 use crate::engine::outlet::Parcel;
 use crate::engine::side_message::{Refusal, Report, Verdicts};
 use crate::engine::summary::DrainReport;
+use crate::engine::travel::Way;
 use crate::engine::window::Retained;
 use crate::engine::xen_stream::{Entry, MAX_BATCH, NOTAB, PAGE, PAGE_DATA_HEAD, RecordHeader, record};
 
@@ -127,6 +128,7 @@ impl Filter {
                 if let Ok(Some(retained)) = self.window.take(number) {
                     self.window.release(retained.slot);
                     self.stats.references_accepted += 1;
+                    self.travel.span(retained.pfn, 1, Way::Accepted);
                 }
             }
         }
@@ -135,6 +137,7 @@ impl Filter {
             match self.window.take(number) {
                 Ok(Some(retained)) => {
                     self.stats.references_refused += 1;
+                    self.travel.span(retained.pfn, 1, Way::Refused);
                     let counts = &mut self.stats.refused;
                     match reason {
                         Refusal::Hash => counts.hash += 1,
@@ -159,7 +162,10 @@ impl Filter {
         let mut retained = Vec::with_capacity(self.window.outstanding());
         while let Some(number) = self.window.oldest() {
             match self.window.take(number) {
-                Ok(Some(page)) => retained.push(page),
+                Ok(Some(page)) => {
+                    self.travel.span(page.pfn, 1, Way::Replaced);
+                    retained.push(page);
+                }
                 _ => break,
             }
         }

@@ -130,6 +130,11 @@ impl TargetFilter {
         self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// A look at the counters that outlives the filter.
+    pub fn watch(&self) -> super::Watch<TargetStats> {
+        super::Watch(Arc::clone(&self.stats))
+    }
+
     /// Whether the filter's thread has ended.
     pub fn is_finished(&self) -> bool {
         self.thread.is_finished()

@@ -13,7 +13,7 @@ use super::guest_stream::{
 use super::pair::{AFTER_END, Pair, XVDA, config, disk, map};
 use crate::engine::xen_stream::{PAGE, PageData, XALLOC, record as kinds};
 use crate::engine::{
-    Config, DiskName, LateWrites, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts,
+    Config, DiskName, LateWrites, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts, Way,
 };
 
 /// 64 pages: zeros, pages on the disk, others, page tables, unpopulated ones.
@@ -105,6 +105,21 @@ fn pages_on_the_disk_go_by_reference() {
     assert!(source.poolskip && target.poolskip);
     assert_eq!(source.disks, target.disks);
     assert_eq!(source.disks[0].size_bytes, 64 * 4096 + 512);
+    for pfn in 0..65 {
+        let way = match pfn {
+            0..=7 | 9 => Way::Zero,
+            8 => Way::Resent,
+            10..=31 => Way::Accepted,
+            32..=39 => Way::PageTable,
+            40..=55 => Way::Raw,
+            56..=63 => Way::NoData,
+            _ => Way::Unseen,
+        };
+        assert_eq!(source.travel.way(pfn), way, "page {pfn}");
+    }
+    let ways = stats.ways;
+    assert_eq!((ways.zero, ways.page_table, ways.raw, ways.resent), (9, 8, 16, 1));
+    assert_eq!((ways.referenced, ways.accepted, ways.no_data), (24, stats.references_accepted, 8));
 }
 
 #[test]

@@ -7,3 +7,4 @@ mod guest_stream;
 mod interleavings;
 mod journey;
 mod pair;
+mod seen;
