@@ -113,10 +113,11 @@ impl<D: Dispatch> Intake<D> {
         self.ringer.ring();
     }
 
-    /// Ends it, and so closes the input. No copy of [`arrived`](Self::arrived) may be left, and no buffer held by what has not ended.
+    /// Ends it, and so closes the input. No buffer may be held by what has not ended.
     pub fn end(self) {
         self.stop();
-        drop(self.arrived);
+        // What it has read holds buffers, for one of which it may be waiting; a bounded channel keeps them as long as it has a sender.
+        while self.arrived.recv().is_ok() {}
         let _ = self.thread.join();
     }
 }
