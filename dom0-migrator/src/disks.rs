@@ -92,13 +92,12 @@ pub fn of_configuration(configuration: &Value) -> Disks {
             Err("a CD-ROM".to_owned())
         } else if set("backend_domid") || !text("backend_domname").is_empty() {
             Err("served by another domain than dom0".to_owned())
-        } else if !text("script").is_empty() {
-            Err(format!("its device is made by the script {}", shorten(text("script"))))
         } else if !matches!((text("format"), text("backend")), ("raw", _) | ("" | "unknown", "phy")) {
             Err(format!("format {}, whose bytes lie elsewhere", shorten(text("format"))))
         } else if !matches!(text("backend"), "phy" | "qdisk" | "" | "unknown") {
             Err(format!("backend {:?}", shorten(text("backend"))))
         } else if !text("pdev_path").starts_with('/') {
+            // With a script of its own it may be anything, an iSCSI name for instance.
             Err(format!("{:?} is no path", shorten(text("pdev_path"))))
         } else {
             Ok(PathBuf::from(text("pdev_path")))
@@ -244,13 +243,17 @@ mod tests {
             {"pdev_path": path, "vdev": "xvda", "backend": "phy", "format": "raw", "readwrite": 1},
             {"pdev_path": path, "vdev": "xvdb", "backend": "qdisk", "format": "qcow2"},
             {"pdev_path": path, "vdev": "xvdc", "backend": "phy", "format": "raw", "is_cdrom": 1},
-            {"pdev_path": path, "vdev": "xvdd", "backend": "phy", "format": "raw", "script": "block-iscsi"},
+            {"pdev_path": "iqn.2026:x", "vdev": "xvdd", "backend": "phy", "format": "raw", "script": "block-iscsi"},
             {"pdev_path": "/nowhere", "vdev": "xvde", "backend": "phy", "format": "raw"},
             {"pdev_path": "/tmp", "vdev": "xvdf", "backend": "phy", "format": "raw"},
+            {"pdev_path": path, "vdev": "xvdk", "format": "raw", "script": "/etc/xen/scripts/own"},
             {"vdev": 3}, 7,
         ]});
         let disks = of_configuration(&configuration);
-        assert_eq!(disks.readable, [DiskName { vdev: Vdev(51712), path: path.into() }]);
+        assert_eq!(
+            disks.readable,
+            [51712, 51872].map(|vdev| DiskName { vdev: Vdev(vdev), path: path.into() })
+        );
         let why: Vec<String> =
             disks.refused.iter().map(|refused| format!("{}: {}", refused.disk, refused.reason)).collect();
         assert_eq!(why.len(), 7);

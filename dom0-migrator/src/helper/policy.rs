@@ -415,7 +415,8 @@ mod tests {
             max_downtime_ms in 0_u64..2_000,
             go_on in any::<bool>(),
         ) {
-            let world = World { pages, dirtied, working_set, rate };
+            // A working set is part of the guest.
+            let world = World { pages, dirtied, working_set: working_set.min(pages as f64), rate };
             let on_stall = if go_on { OnStall::Continue } else { OnStall::Stop };
             let (downtime, rounds, reason) = with_policy(world, Limits { max_downtime_ms, on_stall });
             let (stock_downtime, stock_rounds, _) = migrate(world, |observed| (stock(observed), None));
