@@ -287,6 +287,7 @@ fn a_report_that_cannot_be_written_is_a_warning() {
         "db1",
         &receiver.address,
         "--stock",
+        "--plain",
         "--report",
         "/dev/full",
         "--progress",
