@@ -193,6 +193,15 @@ impl Deployment {
         })
     }
 
+    /// Starts the probe again in such a way that many of its hints are wrong.
+    ///
+    /// # Errors
+    /// Those of [`Deployment::stop_probe`] and [`Deployment::start_probe`].
+    pub fn give_wrong_hints(&self, lab: &Lab) -> Result<()> {
+        self.stop_probe(lab)?;
+        self.start_probe(lab, "--wrong-hints 1")
+    }
+
     /// Ends the probe as an operator would, and waits until it is gone.
     ///
     /// # Errors

@@ -101,6 +101,9 @@ pub fn check_tables(lab: &Lab, tables: &[String]) -> Result<usize> {
     Ok(sound)
 }
 
+/// The tables that a [`Writer`] writes to.
+pub const WRITTEN: [&str; 2] = ["sbtest.sbtest1", "poolskip.log"];
+
 /// A client in the guest that commits transactions without a pause and notes what it was told was committed.
 ///
 /// Each transaction adds 1 to the `k` of one row of `sbtest.sbtest1` and a row to `poolskip.log`; so afterwards the sum over

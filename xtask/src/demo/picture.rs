@@ -60,19 +60,15 @@ fn write_table(out: &mut String, f: &Figures) -> std::fmt::Result {
         f.proof.tables,
         if f.proof.checksums_equal { "equal" } else { "DIFFER" }
     )?;
+    let writing = &f.wrong_hints_while_writing;
     writeln!(
         out,
-        "with wrong hints             {} refused, {} accepted, {} differ; tables and checksums as before",
-        f.wrong_hints.pages_refused, f.wrong_hints.pages_accepted, f.wrong_hints.verify_mismatches
-    )?;
-    writeln!(
-        out,
-        "while a client writes        {} refused, {} accepted, {} differ ({} more by packets after the suspension); {} transactions acknowledged, all there",
-        f.writing.pages_refused,
-        f.writing.pages_accepted,
-        f.writing.verify_mismatches,
-        f.writing.verify_late_writes,
-        f.writing.transactions_acknowledged
+        "wrong hints, client writes   {} refused, {} accepted, {} differ ({} more by packets after the suspension); {} transactions acknowledged, all there",
+        writing.pages_refused,
+        writing.pages_accepted,
+        writing.verify_mismatches,
+        writing.verify_late_writes,
+        writing.transactions_acknowledged
     )
 }
 
