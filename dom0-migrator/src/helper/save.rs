@@ -34,6 +34,7 @@ const ALONE: Order = Order {
     debug: false,
     own_disks: Vec::new(),
     limits: Limits::DEFAULT,
+    asked: None,
 };
 
 /// `XCFLAGS_DEBUG`: all pages are sent again at the end, and compared.
@@ -204,7 +205,7 @@ impl Hints {
         self.disks = disks::of_domain(&mut store, domain).map_err(|error| error.to_string())?;
         let requester = self.requester.insert(Requester::new(store, domain));
         let patience = Duration::from_secs(order.wait_lists_seconds);
-        let lists = lists::take(requester, &libraries.control, &libraries.guest, domain, patience)
+        let lists = lists::take(requester, &libraries.control, &libraries.guest, domain, order.asked, patience)
             .map_err(|error| error.to_string())?;
         self.map = Some(lists.map);
         Ok(lists.report)
