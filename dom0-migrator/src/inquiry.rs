@@ -85,6 +85,9 @@ pub struct Findings {
     pub stock_because: Option<String>,
     /// Memory that no domain has; none where xl does not say.
     pub free_memory_bytes: Option<u64>,
+    /// Whether its dom0 has all the rest, and gives memory away for a new domain (xl's autoballoon, unless Xen was started with `dom0_mem`).
+    #[serde(default)]
+    pub dom0_gives_way: bool,
     /// The disks, in the inquiry's order.
     pub disks: Vec<DiskFindings>,
     /// How fast it reads them.

@@ -16,17 +16,26 @@
 mod block;
 mod choice;
 mod compression;
+mod gate;
 mod order;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+#[allow(clippy::duplicate_mod, reason = "it is the same source on purpose")]
+mod under_loom;
+
+/// The locks of the gate.
+mod sync {
+    pub use std::sync::{Condvar, Mutex, MutexGuard};
+}
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -39,7 +48,8 @@ use block::{BLOCK_MAX, Codec, HEADER, Header};
 use choice::Chooser;
 use compression::Coder;
 pub use compression::Compression;
-use order::Order;
+use gate::{Gate, Taken};
+use order::AHEAD_MAX;
 
 /// What went through the blocks of a stream.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,10 +74,7 @@ type Block = Vec<u8>;
 struct Shared {
     near: UnixStream,
     lanes: Vec<Wire>,
-    order: Mutex<Order<Block>>,
-    /// The order has changed, or it is over.
-    changed: Condvar,
-    failed: AtomicBool,
+    gate: Gate<Block>,
     /// Blocks of the whole stream that is sent, once they are counted.
     blocks: OnceLock<u64>,
     chooser: Chooser,
@@ -91,9 +98,7 @@ impl Bundle {
         let shared = Arc::new(Shared {
             near,
             lanes,
-            order: Mutex::default(),
-            changed: Condvar::new(),
-            failed: AtomicBool::new(false),
+            gate: Gate::new(AHEAD_MAX),
             blocks: OnceLock::new(),
             chooser: Chooser::new(compression, count),
             wanted: compression,
@@ -159,12 +164,8 @@ impl Drop for Bundle {
 }
 
 impl Shared {
-    fn order(&self) -> MutexGuard<'_, Order<Block>> {
-        self.order.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn has_failed(&self) -> bool {
-        self.failed.load(Ordering::Acquire)
+        self.gate.is_broken()
     }
 
     fn carried(&self) -> Carried {
@@ -176,7 +177,7 @@ impl Shared {
 
     /// Ends everything: whoever waits for a socket, a block or a turn goes on and finds it over.
     fn fail(&self, error: &io::Error) {
-        if self.failed.swap(true, Ordering::AcqRel) {
+        if !self.gate.break_off() {
             return;
         }
         tracing::warn!(%error, "a connection of the stream is lost, and the others end with it");
@@ -184,9 +185,6 @@ impl Shared {
             lane.hang_up();
         }
         let _ = self.near.shutdown(Shutdown::Both);
-        // The lock, so that nobody is between looking and waiting.
-        drop(self.order());
-        self.changed.notify_all();
     }
 }
 
@@ -275,9 +273,7 @@ fn receive_blocks(shared: &Shared, lane: usize) -> io::Result<()> {
         let (number, codec, length, stored) = match Header::parse(&head).map_err(|error| bad(&error))? {
             Header::Block { number, codec, length, stored } => (number, codec, length, stored),
             Header::End { blocks } => {
-                shared.order().end(blocks).map_err(|error| bad(&error))?;
-                shared.changed.notify_all();
-                return Ok(());
+                return shared.gate.end(blocks).map_err(|error| bad(&error));
             }
         };
         // Each lane ascends: by that the one that has the next block never waits for room.
@@ -293,38 +289,19 @@ fn receive_blocks(shared: &Shared, lane: usize) -> io::Result<()> {
             socket.read_exact(&mut stored_bytes)?;
             coder.decompress(codec, &stored_bytes, &mut block).map_err(|error| bad(&error))?;
         }
-        let mut order = shared.order();
-        while !order.has_room(number) && !shared.has_failed() {
-            order = shared.changed.wait(order).unwrap_or_else(PoisonError::into_inner);
-        }
-        if shared.has_failed() {
+        if !shared.gate.put(number, block).map_err(|error| bad(&error))? {
             return Ok(());
         }
-        order.put(number, block).map_err(|error| bad(&error))?;
-        drop(order);
-        shared.changed.notify_all();
     }
 }
 
 /// Hands blocks on in their order.
 fn deliver(shared: &Shared) -> io::Result<()> {
     loop {
-        let mut order = shared.order();
-        let block = loop {
-            if shared.has_failed() {
-                return Ok(());
-            }
-            if let Some(block) = order.take() {
-                break block;
-            }
-            if order.is_complete() {
-                let _ = shared.near.shutdown(Shutdown::Write);
-                return Ok(());
-            }
-            order = shared.changed.wait(order).unwrap_or_else(PoisonError::into_inner);
-        };
-        drop(order);
-        shared.changed.notify_all();
-        (&shared.near).write_all(&block)?;
+        match shared.gate.take() {
+            Taken::Block(block) => (&shared.near).write_all(&block)?,
+            Taken::Complete => return shared.near.shutdown(Shutdown::Write).or(Ok(())),
+            Taken::Broken => return Ok(()),
+        }
     }
 }

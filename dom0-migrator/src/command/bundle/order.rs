@@ -28,22 +28,22 @@ pub enum OrderError {
 #[derive(Debug)]
 pub struct Order<T> {
     next: u64,
+    ahead_most: u64,
     ahead: BTreeMap<u64, T>,
     blocks: Option<u64>,
     seen: u64,
 }
 
-impl<T> Default for Order<T> {
-    fn default() -> Self {
-        Self { next: 0, ahead: BTreeMap::new(), blocks: None, seen: 0 }
-    }
-}
-
 impl<T> Order<T> {
+    /// One in which so many blocks may wait for their turn.
+    pub fn new(ahead_most: u64) -> Self {
+        Self { next: 0, ahead_most, ahead: BTreeMap::new(), blocks: None, seen: 0 }
+    }
+
     /// Whether there is room for a block now. Each connection brings its blocks in ascending order, so the one whose turn it is never
     /// waits behind another: it has room always.
     pub fn has_room(&self, number: u64) -> bool {
-        number.saturating_sub(self.next) < AHEAD_MAX
+        number.saturating_sub(self.next) < self.ahead_most
     }
 
     /// Takes a block for which there is room.
@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_is_an_error() {
-        let mut order = Order::default();
+        let mut order = Order::new(AHEAD_MAX);
         order.put(1, ()).unwrap();
         assert_eq!(order.put(1, ()), Err(OrderError::Twice(1)));
         assert_eq!(order.take(), None);
@@ -129,7 +129,7 @@ mod tests {
             for number in 0..blocks {
                 queues[choose(lanes)].push_back(number);
             }
-            let (mut order, mut out, mut ended) = (Order::default(), Vec::new(), 0);
+            let (mut order, mut out, mut ended) = (Order::new(AHEAD_MAX), Vec::new(), 0);
             while !order.is_complete() || ended < lanes {
                 // Somebody can: the connection that has the next block, or one that has nothing left, or the taker.
                 let able: Vec<usize> = (0..lanes)

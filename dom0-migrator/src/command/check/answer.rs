@@ -53,11 +53,13 @@ pub fn answer(
         .filter_map(|(asked, disk)| Some((asked, disk.as_ref().ok()?)))
         .flat_map(|(asked, disk)| asked.samples.iter().map(move |sample| (disk, sample.offset)))
         .collect();
+    let (free_memory_bytes, dom0_gives_way) = free_memory();
     Ok(Findings {
         version: env!("CARGO_PKG_VERSION").into(),
         refused_because,
         stock_because,
-        free_memory_bytes: free_memory(),
+        free_memory_bytes,
+        dom0_gives_way,
         disks,
         storage: try_out(&places),
     })
@@ -120,14 +122,20 @@ fn try_out(places: &[(&Disk, u64)]) -> Option<Measured> {
     (!failed.into_inner() && measured.bytes > 0).then_some(measured)
 }
 
-/// Memory that xl says is free.
-fn free_memory() -> Option<u64> {
-    let output = Command::new("xl").arg("info").stdin(Stdio::null()).output().ok()?;
+/// Memory that xl says is free, and whether it would take some from dom0.
+fn free_memory() -> (Option<u64>, bool) {
+    let Ok(output) = Command::new("xl").arg("info").stdin(Stdio::null()).output() else {
+        return (None, false);
+    };
     let said = String::from_utf8_lossy(&output.stdout);
-    let (_, mebibytes) = said
-        .lines()
-        .find_map(|line| line.split_once(':').filter(|(name, _)| name.trim() == "free_memory"))?;
-    mebibytes.trim().parse::<u64>().ok()?.checked_mul(1 << 20)
+    let value = |name: &str| {
+        let mut lines = said.lines().filter_map(|line| line.split_once(':'));
+        lines.find(|(found, _)| found.trim() == name).map(|(_, value)| value.trim())
+    };
+    let free = value("free_memory").and_then(|mebibytes| mebibytes.parse::<u64>().ok()?.checked_mul(1 << 20));
+    // The default of `autoballoon` in xl.conf(5).
+    let gives_way = value("xen_commandline").is_some_and(|line| !line.contains("dom0_mem="));
+    (free, gives_way)
 }
 
 /// Takes bytes that try out the link, and says how many came.
