@@ -34,7 +34,7 @@ use std::io::{self, BufRead, Read, Write};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::handover::Verdict;
-use crate::inquiry::{Findings, Inquiry};
+use crate::inquiry::{Findings, Inquiry, Needs};
 use crate::report::RestoreReport;
 
 /// Version of everything that the two commands say to each other. Another one is refused.
@@ -163,6 +163,9 @@ pub enum FromSource {
         /// does not answer to it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         blocks: Option<BlocksOffer>,
+        /// What the domain needs; a target that has it not refuses.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        needs: Option<Needs>,
     },
     /// The source has written down that the target may run the domain.
     Given,

@@ -14,7 +14,7 @@ use crate::step::step;
 /// How long a condition in the lab may take to come true.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Runs all cases whose names have `only` in them, or simply all; stops at the first that fails, since what the guest is then is not
+/// Runs all cases whose names have `only` in them (or one of several, with commas between), or simply all; stops at the first that fails, since what the guest is then is not
 /// known.
 ///
 /// # Errors
@@ -45,8 +45,10 @@ pub fn run(only: Option<&str>) -> Result<()> {
         ("no_acknowledged_transaction_is_lost_while_moving", &|| write_through(&lab, server).map(drop)),
         ("module_unloads_and_leaves_no_node", &|| unload(&lab, &deployment)),
     ];
-    let chosen: Vec<_> =
-        cases.iter().filter(|(name, _)| only.is_none_or(|only| name.contains(only))).collect();
+    let chosen: Vec<_> = cases
+        .iter()
+        .filter(|(name, _)| only.is_none_or(|only| only.split(',').any(|part| name.contains(part))))
+        .collect();
     ensure!(!chosen.is_empty(), "no lab case has {:?} in its name", only.unwrap_or_default());
     for (name, work) in chosen {
         case(name, work)?;
