@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 
+mod check;
+mod connections;
 mod xenstored;
 
 use std::fs;
