@@ -460,7 +460,8 @@ impl Place {
         };
         // SAFETY: `enter` makes system calls only and allocates nothing.
         unsafe { command.pre_exec(enter) };
-        command.stdin(Stdio::null()).env("HOME", "/tmp");
+        // Where temporary files are out here is no place in the root.
+        command.stdin(Stdio::null()).env("HOME", "/tmp").env_remove("TMPDIR");
         Ok(command)
     }
 }
