@@ -7,6 +7,7 @@ mod cache;
 mod cpio;
 mod demo;
 mod deployment;
+mod ending;
 mod lab;
 mod mariadb;
 mod migration;

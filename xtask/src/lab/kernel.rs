@@ -42,7 +42,7 @@ const PACKAGES: &[&str] = &[
 const KEPT_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "dm_mod", "crc32c_generic", "ext4"];
 
 /// Directory of a root over which each run has a directory of its own.
-pub const WORK: &str = "work";
+pub const WORK: &str = "mnt";
 
 /// Where modules are kept beside an image.
 const MODULES: &str = "modules";
@@ -89,7 +89,7 @@ impl Kernel {
             area.resolve(&wanted)?.into_iter().filter(|package| !is_kernel(&package.name)).collect();
         let list = packages.iter().map(Package::to_string).collect::<Vec<_>>().join("\n");
         let root =
-            cache::get_or_make("kernel-root", Key::new("kernel-root-1").with(list.as_bytes()), |root| {
+            cache::get_or_make("kernel-root", Key::new("kernel-root-2").with(list.as_bytes()), |root| {
                 unpack(&area.download(&packages)?, root)?;
                 complete(root)
             })?;
@@ -155,7 +155,7 @@ impl Kernel {
         })
     }
 
-    /// Runs a program in the root, with `work` as `/work`, its only writable place, and without anything of this machine's
+    /// Runs a program in the root, with `work` as [`WORK`], its only writable place, and without anything of this machine's
     /// environment; returns what it printed, on both outputs.
     ///
     /// # Errors
@@ -185,7 +185,7 @@ const INSIDE: &str = "root=$1 work=$2; shift 2
 mount --bind \"$root\" \"$root\"
 mount -o remount,bind,ro \"$root\"
 mount --rbind /proc \"$root/proc\"
-mount --bind \"$work\" \"$root/work\"
+mount --bind \"$work\" \"$root/mnt\"
 mount -t tmpfs none \"$root/tmp\"
 exec chroot \"$root\" /usr/bin/env -i PATH=/usr/sbin:/usr/bin HOME=/tmp LC_ALL=C \"$@\"";
 
