@@ -18,6 +18,7 @@ mod proof;
 mod setup;
 mod step;
 mod test;
+mod volume_test;
 mod workload;
 
 use clap::{Parser, Subcommand};

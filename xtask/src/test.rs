@@ -11,7 +11,7 @@ use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
 use crate::ending::status_of_group;
 use crate::step::{run as run_program, step};
-use crate::{mariadb, module_test, mysql, setup};
+use crate::{mariadb, module_test, mysql, setup, volume_test};
 
 /// Run all tests.
 #[derive(clap::Args)]
@@ -44,6 +44,8 @@ enum Part {
     Native,
     /// The kernel module in the kernels of three Debian releases, under QEMU
     Module,
+    /// The storage map on volumes of the device mapper in a Debian kernel, under QEMU
+    Volume,
     /// Migrations between the two hosts of the lab
     Lab,
 }
@@ -61,7 +63,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.soak {
         return soak(args.soak_seconds);
     }
-    let all = [Part::Lint, Part::Native, Part::Module, Part::Lab];
+    let all = [Part::Lint, Part::Native, Part::Module, Part::Volume, Part::Lab];
     let mut named = args.parts.clone();
     if args.module {
         named.push(Part::Module);
@@ -73,6 +75,7 @@ pub fn run(args: &Args) -> Result<()> {
             Part::Lint => lint(),
             Part::Native => native(),
             Part::Module => module_test::boot_test(),
+            Part::Volume => volume_test::run(),
             Part::Lab => lab_cases::run(args.case.as_deref()),
         };
         match result {
