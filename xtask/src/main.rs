@@ -7,6 +7,7 @@ mod cache;
 mod cpio;
 mod demo;
 mod deployment;
+mod ending;
 mod lab;
 mod mariadb;
 mod migration;
@@ -17,6 +18,7 @@ mod proof;
 mod setup;
 mod step;
 mod test;
+mod volume_test;
 mod workload;
 
 use clap::{Parser, Subcommand};
