@@ -25,12 +25,15 @@
 //!   │ ◄─────────── Verdict | Refused ────────│
 //! ```
 //!
+//! And `doctor` examines a host on a control connection ([`crate::examination`]).
+//!
 //! The token ties connections together; it keeps nobody out: certificates do ([`crate::command`]).
 
 use std::io::{self, BufRead, Read, Write};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::examination::{Answer, Question};
 use crate::handover::Verdict;
 use crate::report::RestoreReport;
 
@@ -147,6 +150,8 @@ pub enum FromSource {
         /// Name of its domain.
         domain: String,
     },
+    /// A question of `doctor`'s; nothing but such questions comes on its connection.
+    Examine(Question),
 }
 
 /// What the target says.
@@ -167,6 +172,8 @@ pub enum FromTarget {
     Verdict(Verdict),
     /// xl is done.
     Finished(Box<TargetOutcome>),
+    /// An answer to `doctor`.
+    Examined(Answer),
 }
 
 /// How it ended at the target.

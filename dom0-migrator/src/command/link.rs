@@ -96,6 +96,7 @@ impl Link {
             FromTarget::Refused { reason } => return Err(refused(reason)),
             FromTarget::Finished(outcome) => return Err(refused(outcome.error.unwrap_or_default())),
             FromTarget::Verdict(verdict) => return Err(refused(format!("it says {verdict:?} already"))),
+            FromTarget::Examined(_) => return Err(refused("it answers what was not asked".to_owned())),
         };
         let stream = connection::connect(target, Connection::Stream, &token, &transport)
             .map_err(at("cannot reach"))?;

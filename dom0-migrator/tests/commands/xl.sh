@@ -94,6 +94,10 @@ migrate-receive)
         printf '%s\0' "$go"
     fi
     ;;
+info)
+    echo "host                   : stand-in"
+    echo "free_memory            : 2048"
+    ;;
 destroy)
     rm -r "${domains:?}/$2"
     ;;
