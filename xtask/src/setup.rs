@@ -33,6 +33,11 @@ const PACKAGES: &[(&str, &str)] = &[
     ("fdisk", "partitions of the lab's disk"),
     ("chromium", "a test looks at the page that `dom0-migrator report` makes"),
     ("fio", "what a disk can do, for `bench reload`"),
+    ("dpkg-dev", "which libraries' packages a program needs, for `package`"),
+    ("lintian", "what Debian's policy says of the packages"),
+    ("man-db", "renders the man pages"),
+    ("mmdebstrap", "a Debian system in a directory, in which packages are installed"),
+    ("openssh-client", "`deploy`"),
     ("openssl", "a key to try the kernel module's signature with"),
 ];
 

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
 use crate::step::{run as run_program, step};
-use crate::{mariadb, module_test, mysql, setup};
+use crate::{mariadb, module_test, mysql, package, setup};
 
 /// Run all tests.
 #[derive(clap::Args)]
@@ -41,6 +41,8 @@ enum Part {
     Lint,
     /// Tests of all crates; those of `tests` attach to a real mysqld on this machine
     Native,
+    /// The packages: what is in them, what lintian says, whether they install and go without a trace
+    Package,
     /// The kernel module in the kernels of three Debian releases, under QEMU
     Module,
     /// Migrations between the two hosts of the lab
@@ -60,7 +62,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.soak {
         return soak(args.soak_seconds);
     }
-    let all = [Part::Lint, Part::Native, Part::Module, Part::Lab];
+    let all = [Part::Lint, Part::Native, Part::Package, Part::Module, Part::Lab];
     let mut named = args.parts.clone();
     if args.module {
         named.push(Part::Module);
@@ -71,6 +73,7 @@ pub fn run(args: &Args) -> Result<()> {
         let result = match part {
             Part::Lint => lint(),
             Part::Native => native(),
+            Part::Package => package::trial::run(),
             Part::Module => module_test::boot_test(),
             Part::Lab => lab_cases::run(args.case.as_deref()),
         };
