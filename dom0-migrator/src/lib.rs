@@ -8,6 +8,7 @@
 //!   the target);
 //! * [`command`]: `migrate` and `receive`, which run `xl` with this program as its helper; [`control`] is what they say to
 //!   each other, [`handoff`] what they say to the helpers, [`report`] what comes of it;
+//! * [`inquiry`]: what `check` asks a target;
 //! * [`handover`]: which side may run the domain, written down on both before it is done;
 //! * [`examination`]: what `doctor` asks another host;
 //! * [`timeline`], [`memory_map`]: what is seen of a migration from second to second and page by page;
@@ -22,6 +23,7 @@ pub mod handoff;
 pub mod handover;
 pub mod helper;
 pub mod html;
+pub mod inquiry;
 pub mod lists;
 pub mod memory_map;
 pub mod parcel;

@@ -13,7 +13,8 @@ use crate::status::SOCKET_PATH;
 ///
 /// Exit codes: 0 done or ended by a signal, 1 another failure, 2 the command line, 3 no mysqld or the one of --pid has ended, 4 not
 /// permitted, 5 the kernel takes no probes, 6 an unknown build of mysqld, 7 no kernel module, 8 another guest-probe runs (for `status`:
-/// none answers), 9 the configuration, 10 `doctor` found something missing or `catalogue add` is not sure.
+/// none answers), 9 the configuration, 10 `doctor` misses something or `catalogue add` is not sure, 11 a damaged or foreign program file,
+/// 12 mysqld's memory is not as its build says, 13 a catalogue.
 #[derive(Debug, Parser)]
 #[command(name = "guest-probe", version)]
 pub struct CommandLine {
@@ -84,7 +85,8 @@ pub enum Command {
     },
     /// Explain whether a mysqld can be served: its build, each symbol and offset and how sure it is, each data file's place, this machine
     ///
-    /// Exit codes: 0 when `run` would do its work, 10 when something is missing (the last lines say what) or there is no mysqld to look at.
+    /// Exit codes: 0 when `run` would do its work, 10 when something is missing: the last lines say what. What cannot be looked at at all has
+    /// the code of its kind.
     Doctor {
         /// The mysqld to look at; needed when more than one runs
         #[arg(long, value_name = "N")]

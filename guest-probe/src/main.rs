@@ -57,10 +57,10 @@ fn catalogue(command: CatalogueCommand) -> Result<Exit> {
     }
 }
 
-/// What cannot be looked at is not usable either.
+/// What cannot be looked at ends with the code of its kind.
 fn refuse(error: &doctor::DoctorError) -> Exit {
     eprintln!("guest-probe: {error}");
-    Exit::NotUsable
+    Exit::of(error)
 }
 
 fn main() -> ExitCode {

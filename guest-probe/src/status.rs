@@ -200,7 +200,7 @@ pub fn write_coverage(
     }
     for TableCoverage { table, coverage, .. } in tables {
         let listed = coverage.frames_read + coverage.frames_written;
-        writeln!(
+        write!(
             f,
             "            {:>10} {:>10} {:>10} {:>7} {table}",
             coverage.frames_read,
@@ -208,6 +208,10 @@ pub fn write_coverage(
             coverage.left_out,
             percent(listed, coverage.frames())
         )?;
+        for (index, (reason, count)) in coverage.reasons.iter().enumerate() {
+            write!(f, "{} {count} {}", if index == 0 { ":" } else { "," }, reason.words())?;
+        }
+        writeln!(f)?;
     }
     Ok(())
 }
@@ -263,7 +267,11 @@ mod tests {
     #[test]
     fn a_status_survives_the_socket() {
         let lists = ListSummary { left_out: [(LeftOut::Dirty, 3)].into(), ..ListSummary::default() };
-        let tables = vec![TableCoverage { pid: 7, table: "a/b".into(), ..TableCoverage::default() }];
+        let mut table = TableCoverage { pid: 7, table: "a/b".into(), ..TableCoverage::default() };
+        for reason in [LeftOut::Dirty, LeftOut::Dirty, LeftOut::InUse] {
+            table.coverage.leave_out(reason);
+        }
+        let tables = vec![table];
         let server = ServerStatus {
             mysqld_pid: 7,
             events: [("free".to_owned(), 2)].into(),
@@ -277,10 +285,8 @@ mod tests {
         let json = serde_json::to_vec(&status).unwrap();
         assert_eq!(serde_json::from_slice::<Status>(&json).unwrap(), status);
         let words = status.to_string();
-        assert!(
-            words.contains("process 7") && words.contains("a/b") && words.contains("3 frames: dirty"),
-            "{words}"
-        );
+        assert!(words.contains("process 7") && words.contains("3 frames: dirty"), "{words}");
+        assert!(words.contains("0.0 % a/b: 2 dirty, 1 in use by a thread\n"), "{words}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ mod deployment;
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 mod docs;
+mod ending;
 mod lab;
 mod mariadb;
 mod migration;
@@ -23,6 +24,7 @@ mod proof;
 mod setup;
 mod step;
 mod test;
+mod volume_test;
 mod workload;
 
 use clap::{Parser, Subcommand};

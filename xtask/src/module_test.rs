@@ -1,6 +1,6 @@
 //! The kernel module in real kernels: Debian's, under plain QEMU, with a test program in place of everything else.
 
-mod machine;
+pub mod machine;
 mod package;
 
 use std::fs;
@@ -39,7 +39,15 @@ fn on(suite: &'static str, program: &Path) -> Result<()> {
     let module = module::link(&kernel)?;
     package::check(&kernel, &module)?;
     let lines = boot(&kernel, &module, program, "")?;
-    match lines.iter().rev().find_map(|line| parse_summary(line)) {
+    judge("boot test", &lines)
+}
+
+/// What a machine's console says of the test in it, by its last line: `boot test: 19 passed, 0 failed`.
+///
+/// # Errors
+/// When a case failed, or the machine ended before the test did.
+pub fn judge(test: &str, console: &[String]) -> Result<()> {
+    match console.iter().rev().find_map(|line| parse_summary(test, line)) {
         Some((passed, 0)) if passed > 0 => Ok(()),
         Some((passed, failed)) => bail!("{failed} of {} cases failed", passed + failed),
         None => bail!("the machine ended before the test did; its console is above"),
@@ -62,7 +70,7 @@ fn boot(kernel: &Kernel, module: &Path, program: &Path, words: &str) -> Result<V
     let work = tempfile::tempdir().context("cannot make a temporary directory")?;
     let initrd = initramfs(work.path(), program, module)?;
     step(&format!("poolskip.ko on Linux {}", kernel.release), || {
-        machine::run(&image, &initrd, words, |line| eprintln!("  {line}"))
+        machine::run(&image, &initrd, words, &[], |line| eprintln!("  {line}"))
     })
 }
 
@@ -102,9 +110,9 @@ fn initramfs(work: &Path, program: &Path, module: &Path) -> Result<PathBuf> {
     Ok(initrd)
 }
 
-/// `boot test: 19 passed, 0 failed`.
-fn parse_summary(line: &str) -> Option<(u32, u32)> {
-    let (passed, failed) = line.strip_prefix("boot test: ")?.split_once(" passed, ")?;
+fn parse_summary(test: &str, line: &str) -> Option<(u32, u32)> {
+    let rest = line.strip_prefix(test)?.strip_prefix(": ")?;
+    let (passed, failed) = rest.split_once(" passed, ")?;
     Some((passed.parse().ok()?, failed.strip_suffix(" failed")?.parse().ok()?))
 }
 
@@ -114,8 +122,8 @@ mod tests {
 
     #[test]
     fn only_a_whole_summary_counts() {
-        assert_eq!(parse_summary("boot test: 19 passed, 0 failed"), Some((19, 0)));
-        assert_eq!(parse_summary("boot test: cannot begin: no module"), None);
-        assert_eq!(parse_summary("boot test: 19 passed, 0 fai"), None);
+        assert_eq!(parse_summary("boot test", "boot test: 19 passed, 0 failed"), Some((19, 0)));
+        assert_eq!(parse_summary("boot test", "boot test: cannot begin: no module"), None);
+        assert_eq!(parse_summary("boot test", "boot test: 19 passed, 0 fai"), None);
     }
 }

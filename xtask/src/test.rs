@@ -5,12 +5,13 @@ mod lab_cases;
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
+use crate::ending::status_of_group;
 use crate::step::{run as run_program, step};
-use crate::{mariadb, module_test, mysql, package, setup};
+use crate::{mariadb, module_test, mysql, package, setup, volume_test};
 
 /// Run all tests.
 #[derive(clap::Args)]
@@ -45,6 +46,8 @@ enum Part {
     Package,
     /// The kernel module in the kernels of three Debian releases, under QEMU
     Module,
+    /// The storage map on volumes of the device mapper in a Debian kernel, under QEMU
+    Volume,
     /// Migrations between the two hosts of the lab
     Lab,
 }
@@ -62,7 +65,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.soak {
         return soak(args.soak_seconds);
     }
-    let all = [Part::Lint, Part::Native, Part::Package, Part::Module, Part::Lab];
+    let all = [Part::Lint, Part::Native, Part::Package, Part::Module, Part::Volume, Part::Lab];
     let mut named = args.parts.clone();
     if args.module {
         named.push(Part::Module);
@@ -75,6 +78,7 @@ pub fn run(args: &Args) -> Result<()> {
             Part::Native => native(),
             Part::Package => package::trial::run(),
             Part::Module => module_test::boot_test(),
+            Part::Volume => volume_test::run(),
             Part::Lab => lab_cases::run(args.case.as_deref()),
         };
         match result {
@@ -115,14 +119,13 @@ fn lint() -> Result<()> {
 /// besides are overflows, uninitialised bytes and leaks in it and in the fake kernel.
 fn miri() -> Result<()> {
     step("cargo miri test", || {
-        let status = Command::new("rustup")
-            .args(["run", &rust_src::toolchain(), "cargo", "miri", "test", "--locked"])
+        let mut miri = Command::new("rustup");
+        miri.args(["run", &rust_src::toolchain(), "cargo", "miri", "test", "--locked"])
             .args(["--package=kernel-module", "--test=xen", "--test=device"])
             // Thousands of runs each: hours in an interpreter.
             .args(["--", "--skip=add_checks_each_run", "--skip=any_bytes_in_any_order"])
-            .env("MIRIFLAGS", "-Zmiri-disable-isolation")
-            .status()
-            .context("cannot start rustup")?;
+            .env("MIRIFLAGS", "-Zmiri-disable-isolation");
+        let status = status_of_group(&mut miri)?;
         if !status.success() {
             bail!(
                 "cargo miri test ended with {status}; `rustup component add miri rust-src` may be what it wants"
@@ -137,11 +140,12 @@ fn native() -> Result<()> {
     let root = mysql::root()?;
     let mariadb = mariadb::root()?;
     step("cargo test", || {
-        let status = cargo()
-            .args(["test", "--workspace", "--locked", "--no-fail-fast"])
-            .env("POOLSKIP_MYSQL_ROOT", root)
-            .env("POOLSKIP_MARIADB_ROOT", mariadb)
-            .status()?;
+        let status = status_of_group(
+            cargo()
+                .args(["test", "--workspace", "--locked", "--no-fail-fast"])
+                .env("POOLSKIP_MYSQL_ROOT", root)
+                .env("POOLSKIP_MARIADB_ROOT", mariadb),
+        )?;
         if !status.success() {
             bail!("cargo test ended with {status}");
         }
@@ -154,11 +158,20 @@ fn soak(seconds: u64) -> Result<()> {
     ebpf::check()?;
     let root = mysql::root()?;
     step("soak", || {
-        let status = cargo()
-            .args(["test", "--locked", "--package=tests", "--test=soak", "--", "--ignored", "--nocapture"])
-            .env("POOLSKIP_MYSQL_ROOT", root)
-            .env("POOLSKIP_SOAK_SECONDS", seconds.to_string())
-            .status()?;
+        let status = status_of_group(
+            cargo()
+                .args([
+                    "test",
+                    "--locked",
+                    "--package=tests",
+                    "--test=soak",
+                    "--",
+                    "--ignored",
+                    "--nocapture",
+                ])
+                .env("POOLSKIP_MYSQL_ROOT", root)
+                .env("POOLSKIP_SOAK_SECONDS", seconds.to_string()),
+        )?;
         if !status.success() {
             bail!("the soak ended with {status}");
         }

@@ -16,7 +16,7 @@ use super::configuration::{Configuration, ConfigurationError};
 use super::connection::Transport;
 use super::domain::{self, Domain, DomainError};
 use super::judge::{Ended, judge};
-use super::link::{self, Link, LinkError};
+use super::link::{self, Link, LinkError, Wanted};
 use super::metrics::Metrics;
 use super::observer::{Observed, Observer};
 use super::progress::{Progress, show_summary};
@@ -164,11 +164,18 @@ fn migrate(
         &domain,
         helper,
         options.debug,
-        Transport { bandwidth: configuration.limit(options.bandwidth), ..transport.clone() },
+        Wanted {
+            transport: Transport { bandwidth: configuration.limit(options.bandwidth), ..transport.clone() },
+            connections: options.connections.unwrap_or(configuration.connections),
+            compression: options.compress.unwrap_or(configuration.compress),
+        },
     )?;
     if let Some(why) = &link.stock_because {
         tracing::warn!("a plain migration with libxl's own helper follows: {why}");
         helper = HelperKind::Stock;
+    }
+    if let Some(why) = &link.one_because {
+        tracing::warn!("the stream goes over one connection, as it is: {why}");
     }
     let disks_refused = disks::survey(&mut Xenstore::open()?, domain.id)?.refused;
     let listener = Arc::new(Listener::bind()?);
@@ -230,6 +237,7 @@ fn migrate(
         error,
         total_seconds,
         wire,
+        stream: link.blocks(),
         save: saved,
         carried,
         disks_refused,

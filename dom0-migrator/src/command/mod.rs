@@ -1,8 +1,10 @@
 //! The commands.
 
 mod as_xl;
+mod bundle;
 mod carry;
 mod certificates;
+mod check;
 mod child;
 pub mod configuration;
 mod connection;
@@ -35,6 +37,7 @@ mod toolstack;
 mod watch;
 mod xl_words;
 
+pub use bundle::{BlocksReport, Compression};
 pub use progress::Form as ProgressForm;
 pub use report::Report;
 pub use summary::{Outcome, Summary};
@@ -47,6 +50,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use configuration::{Configuration, Connecting, Rate};
 
+use crate::control::CONNECTIONS_MAX;
 use crate::helper::policy::{Limits, OnStall};
 
 /// Exit code: the domain runs at the target.
@@ -84,6 +88,10 @@ pub struct CommandLine {
 pub enum Command {
     /// Migrate a domain to a host where `receive` listens.
     Migrate(Migrate),
+    /// Say what a migration would be now, and what is in its way, by name; nothing is begun and nothing changed.
+    ///
+    /// Exit codes: 0 nothing is in the way; 1 it would go, with less by reference than could be; 2 it would not begin.
+    Check(Check),
     /// Receive domains.
     Receive(Receive),
     /// Migrate every domain that can go to other hosts, by a plan that is shown first.
@@ -172,6 +180,40 @@ pub struct Migrate {
     /// Bytes per second that may be sent over all connections together, as in 100M; also while the domain stands still.
     #[arg(long, value_name = "RATE")]
     pub bandwidth: Option<Rate>,
+    /// TCP connections over which the stream goes [default: 4].
+    #[arg(long, value_name = "NUMBER", value_parser = connections())]
+    pub connections: Option<u16>,
+    /// Compress the stream, block by block; right on links that are slower than a processor [default: off].
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub compress: Option<Compression>,
+    /// How to connect.
+    #[command(flatten)]
+    pub connecting: Connecting,
+}
+
+/// Options of `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Name or number of the domain.
+    pub domain: String,
+    /// Where `receive` listens: HOST or HOST:PORT (8002 when not given).
+    #[arg(value_name = "HOST[:PORT]")]
+    pub target: String,
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// TCP connections over which the link is tried out, as `migrate` has them [default: 4].
+    #[arg(long, value_name = "NUMBER", value_parser = connections())]
+    pub connections: Option<u16>,
+    /// Bytes per second that may be sent, as in 100M.
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth: Option<Rate>,
+    /// Seconds that the guest may take to publish its lists [default: 30].
+    #[arg(long, value_name = "SECONDS")]
+    pub wait_lists: Option<u64>,
+    /// The downtime that `migrate` would be told.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = Limits::DEFAULT.max_downtime_ms)]
+    pub max_downtime: u64,
     /// How to connect.
     #[command(flatten)]
     pub connecting: Connecting,
@@ -256,6 +298,11 @@ pub struct Cancel {
     pub migration: String,
 }
 
+/// How many connections a stream may have.
+fn connections() -> clap::builder::RangedI64ValueParser<u16> {
+    clap::value_parser!(u16).range(1..=i64::from(CONNECTIONS_MAX))
+}
+
 /// Does what the command line says.
 pub fn run(line: CommandLine) -> ExitCode {
     let CommandLine { config, command } = line;
@@ -288,6 +335,7 @@ fn run_configured(command: Command, configuration: &Configuration, file: Option<
     let records = Some(configuration.records.as_path());
     match command {
         Command::Migrate(options) => migrate::run(&options, configuration),
+        Command::Check(options) => check::run(&options, configuration),
         Command::Receive(options) => receive::run(&options, configuration),
         Command::Resolve(options) => resolve::run(&options, configuration),
         Command::Status(options) => status::status(&options, records),

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use nix::poll::PollTimeout;
 
+use super::bundle::{self, Compression};
+use super::check::answer;
 use super::configuration::{Configuration, Connecting};
 use super::connection::{Transport, Wire};
 use super::domain::{self, INCOMING};
@@ -23,8 +25,8 @@ use super::settle;
 use super::tls::Deadlined;
 use super::{EXIT_FAILED, EXIT_MIGRATED, EXIT_NOT_BEGUN, Receive, connection, doctor, signals};
 use crate::control::{
-    self, Connection, FromSource, FromTarget, HelperKind, LineError, STREAM_VERSION, TargetOutcome, Token,
-    VERSION,
+    self, BlocksOffer, CONNECTIONS_MAX as CONNECTIONS_OF_STREAM, Connection, FromSource, FromTarget,
+    HelperKind, LineError, STREAM_VERSION, TargetOutcome, Token, VERSION,
 };
 use crate::examination::{self, Question};
 use crate::handover::record::{RecordError, Records};
@@ -89,13 +91,16 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> ReceiveError {
     move |source| ReceiveError::System { what, source }
 }
 
+/// A connection that belongs to a session: which, which of several, and itself.
+type Partner = (Connection, u16, Wire);
+
 /// What all sessions share.
 struct Shared {
     configuration: Configuration,
     connecting: Connecting,
     records: Records,
     transport: Transport,
-    waiting: Mutex<BTreeMap<Token, Sender<(Connection, Wire)>>>,
+    waiting: Mutex<BTreeMap<Token, Sender<Partner>>>,
     /// The sessions of now, for whoever asks about one.
     running: Mutex<BTreeMap<Token, Sender<Happening>>>,
     names: Mutex<BTreeSet<String>>,
@@ -228,13 +233,14 @@ fn greet(stream: TcpStream, from: SocketAddr, shared: &Arc<Shared>) -> Result<()
         return Err(error);
     }
     match greeting.connection {
+        Connection::Probe => answer::take_link(&mut wire.socket).map_err(system("a link that is tried out")),
         Connection::Control => converse(wire, from, here, &greeting.token, shared),
         other => {
             wire.socket.set_read_timeout(None).map_err(system("connection"))?;
             wire.socket.set_write_timeout(None).map_err(system("connection"))?;
             if let Some(session) = lock(&shared.waiting).get(&greeting.token) {
                 // A session that has ended does not want it any more.
-                let _ = session.send((other, wire));
+                let _ = session.send((other, greeting.lane, wire));
             }
             Ok(())
         }
@@ -255,10 +261,10 @@ fn converse(
         control::read_line(&mut timed)?
     };
     let lines = connection::reader(&wire.socket).map_err(system("control connection"))?;
-    let (domain, helper, compare, stock_because) = match first {
-        FromSource::Start { domain, helper, stream_version, debug } => {
+    let (domain, helper, compare, stock_because, blocks) = match first {
+        FromSource::Start { domain, helper, stream_version, debug, blocks } => {
             let why = (helper == HelperKind::Poolskip).then(|| stock_because(stream_version)).flatten();
-            (domain, if why.is_some() { HelperKind::Stock } else { helper }, debug, why)
+            (domain, if why.is_some() { HelperKind::Stock } else { helper }, debug, why, granted(blocks))
         }
         FromSource::Ask { id, domain } => {
             let answer = answer(&id, &domain, shared);
@@ -270,6 +276,16 @@ fn converse(
             return Ok(control::write_line(&mut wire.socket, &said)?);
         }
         FromSource::Examine(question) => return examine(&mut wire, lines, from, question, shared),
+        FromSource::Check(inquiry) => {
+            tracing::info!(%from, domain = inquiry.domain, "asked what a migration would be");
+            let refused =
+                stands_in_the_way(&inquiry.domain, here, shared).err().map(|error| error.to_string());
+            let said = match answer::answer(&inquiry, refused, stock_because(inquiry.stream_version)) {
+                Ok(findings) => FromTarget::Checked(Box::new(findings)),
+                Err(reason) => FromTarget::Refused { reason },
+            };
+            return Ok(control::write_line(&mut wire.socket, &said)?);
+        }
         FromSource::Given | FromSource::GaveUp => return Err(ReceiveError::NoStart),
     };
     shared.sessions.fetch_add(1, Ordering::AcqRel);
@@ -285,9 +301,9 @@ fn converse(
         Ok((claim, record)) => {
             tracing::info!(domain, ?helper, compare, "a domain comes");
             let record = Arc::new(Mutex::new(record));
-            let begun = control::write_line(&mut wire.socket, &FromTarget::Ready { stock_because })
+            let begun = control::write_line(&mut wire.socket, &FromTarget::Ready { stock_because, blocks })
                 .map_err(ReceiveError::from)
-                .and_then(|()| both(&partners));
+                .and_then(|()| stream_and_side(&partners, blocks));
             match begun {
                 Ok((stream, side)) => {
                     let _ = wire.socket.set_read_timeout(None);
@@ -398,28 +414,46 @@ struct Claim<'a> {
 impl<'a> Claim<'a> {
     /// `same_host`: the source is this host, so that the domain itself is here.
     fn new(name: &str, same_host: bool, shared: &'a Shared) -> Result<Self, ReceiveError> {
-        let plausible = !name.is_empty() && name.len() <= NAME_MAX && !name.contains(['/', '\0', '\n']);
-        if !plausible {
-            return Err(ReceiveError::Name(name.chars().take(NAME_MAX).collect()));
-        }
-        if shared.ending.load(Ordering::Acquire) {
-            return Err(ReceiveError::Ending);
-        }
+        plausible(name, shared)?;
         if !lock(&shared.names).insert(name.to_owned()) {
             return Err(ReceiveError::Busy(name.to_owned()));
         }
         let claim = Self { name: name.to_owned(), shared };
         settle_all(&shared.records, Some(name));
-        for found in domain::all(&mut Xenstore::open()?)? {
-            if found.name == format!("{name}{INCOMING}") {
-                return Err(ReceiveError::Leftover { name: claim.name.clone(), id: found.id });
-            }
-            if found.name == name && !same_host {
-                return Err(ReceiveError::Exists { name: claim.name.clone(), id: found.id });
-            }
-        }
+        not_here(name, same_host)?;
         Ok(claim)
     }
+}
+
+/// A name that a domain can have, when there is time for one.
+fn plausible(name: &str, shared: &Shared) -> Result<(), ReceiveError> {
+    let plausible = !name.is_empty() && name.len() <= NAME_MAX && !name.contains(['/', '\0', '\n']);
+    if !plausible {
+        return Err(ReceiveError::Name(name.chars().take(NAME_MAX).collect()));
+    }
+    if shared.ending.load(Ordering::Acquire) { Err(ReceiveError::Ending) } else { Ok(()) }
+}
+
+/// That no domain of the name is here, neither whole nor half.
+fn not_here(name: &str, same_host: bool) -> Result<(), ReceiveError> {
+    for found in domain::all(&mut Xenstore::open()?)? {
+        if found.name == format!("{name}{INCOMING}") {
+            return Err(ReceiveError::Leftover { name: name.to_owned(), id: found.id });
+        }
+        if found.name == name && !same_host {
+            return Err(ReceiveError::Exists { name: name.to_owned(), id: found.id });
+        }
+    }
+    Ok(())
+}
+
+/// Whether a domain would be received; nothing is claimed, and nothing that was cut off is settled.
+fn stands_in_the_way(name: &str, same_host: bool, shared: &Shared) -> Result<(), ReceiveError> {
+    plausible(name, shared)?;
+    if lock(&shared.names).contains(name) {
+        return Err(ReceiveError::Busy(name.to_owned()));
+    }
+    not_here(name, same_host)
 }
 
 impl Drop for Claim<'_> {
@@ -428,18 +462,35 @@ impl Drop for Claim<'_> {
     }
 }
 
-/// Waits for the other two connections.
-fn both(partners: &Receiver<(Connection, Wire)>) -> Result<(Wire, Wire), ReceiveError> {
-    let (mut stream, mut side) = (None, None);
-    loop {
-        match (stream, side) {
-            (Some(stream), Some(side)) => return Ok((stream, side)),
-            (have_stream, have_side) => (stream, side) = (have_stream, have_side),
-        }
-        let missing = if stream.is_none() { Connection::Stream } else { Connection::Side };
+/// Over how many connections a stream may come in blocks; none, where the source does not offer it or has blocks of another version.
+fn granted(offer: Option<BlocksOffer>) -> Option<u16> {
+    let BlocksOffer { version, connections } = offer?;
+    (version == bundle::VERSION).then(|| connections.clamp(1, CONNECTIONS_OF_STREAM))
+}
+
+/// Waits for the other connections: the stream's, in blocks over so many or as it is over one, and the side channel.
+fn stream_and_side(partners: &Receiver<Partner>, blocks: Option<u16>) -> Result<(Wire, Wire), ReceiveError> {
+    let mut lanes: Vec<Option<Wire>> = Vec::new();
+    lanes.resize_with(usize::from(blocks.unwrap_or(1)), || None);
+    let mut side = None;
+    while side.is_none() || lanes.iter().any(Option::is_none) {
+        let missing = if side.is_none() { Connection::Side } else { Connection::Stream };
         match partners.recv_timeout(PARTNERS).map_err(|_| ReceiveError::Partner(missing))? {
-            (Connection::Side, connection) => side = Some(connection),
-            (_, connection) => stream = Some(connection),
+            (Connection::Side, _, wire) => side = Some(wire),
+            (_, lane, wire) => {
+                // One that nobody waits for is closed.
+                if let Some(place) = lanes.get_mut(usize::from(lane)) {
+                    *place = Some(wire);
+                }
+            }
         }
     }
+    let lost = || ReceiveError::Partner(Connection::Stream);
+    let mut lanes: Vec<Wire> = lanes.into_iter().flatten().collect();
+    let stream = match blocks {
+        // What goes back is a few words.
+        Some(_) => Wire::of_several(lanes, Compression::Off).map_err(system("the stream's connections"))?,
+        None => lanes.pop().ok_or_else(lost)?,
+    };
+    Ok((stream, side.ok_or_else(lost)?))
 }

@@ -95,8 +95,10 @@ migrate-receive)
     fi
     ;;
 info)
-    echo "host                   : stand-in"
-    echo "free_memory            : 2048"
+    echo "host                   : a-host"
+    echo "xen_commandline        : placeholder dom0_mem=1024M"
+    echo "total_memory           : 4096"
+    echo "free_memory            : $(cat "$XS/free_memory" 2>/dev/null || echo 2048)"
     ;;
 destroy)
     rm -r "${domains:?}/$2"

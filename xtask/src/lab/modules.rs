@@ -47,6 +47,14 @@ impl<'a> Modules<'a> {
     /// When depmod fails.
     pub(super) fn read(root: &Path, release: &str, dir: &'a Path) -> Result<Self> {
         run(Command::new("chroot").arg(root).args(["depmod", release]))?;
+        Self::known(dir)
+    }
+
+    /// Those that depmod has seen already.
+    ///
+    /// # Errors
+    /// When it has not.
+    pub(super) fn known(dir: &'a Path) -> Result<Self> {
         let text = fs::read_to_string(dir.join("modules.dep")).context("depmod left no modules.dep")?;
         Ok(Self { dir, dependencies: parse_dependencies(&text) })
     }
@@ -100,8 +108,20 @@ impl<'a> Modules<'a> {
     /// # Errors
     /// When one is missing or cannot be copied.
     pub(super) fn copy(&self, wanted: &[&str], before: &[&str], to: &Path) -> Result<()> {
-        fs::create_dir_all(to)?;
         let loaded = self.in_order(&[before, ROOT].concat())?;
+        self.copy_but(wanted, &loaded, to)
+    }
+
+    /// The same where nothing is loaded yet.
+    ///
+    /// # Errors
+    /// Those of [`Self::copy`].
+    pub(super) fn copy_all(&self, wanted: &[&str], to: &Path) -> Result<()> {
+        self.copy_but(wanted, &[], to)
+    }
+
+    fn copy_but(&self, wanted: &[&str], loaded: &[String], to: &Path) -> Result<()> {
+        fs::create_dir_all(to)?;
         let mut names = String::new();
         for path in self.in_order(wanted)?.iter().filter(|path| !loaded.contains(path)) {
             let name = file_name(path);

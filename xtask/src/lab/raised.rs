@@ -15,8 +15,9 @@ use super::frozen;
 use super::link::{self, LinkBytes};
 use super::machine::Machine;
 use super::qemu::{Config, Qemu, free_port, make_overlay};
-use super::run_dir::{Record, RunDir, forget_process, register_process};
+use super::run_dir::{Record, RunDir};
 use super::{GuestSize, Host, guest_disk};
+use crate::ending::{forget_process, register_process};
 use crate::setup;
 use crate::step::{run, step};
 
@@ -137,8 +138,9 @@ impl Lab {
                 guest_port: free_port()?,
                 resume,
             })?;
-            register_process(qemu.pid());
-            Ok(Running(qemu))
+            let running = Running(qemu);
+            register_process(running.0.pid())?;
+            Ok(running)
         };
         // Between asking for a free port and QEMU's taking it, somebody else may have taken it.
         let start = |host: Host| {

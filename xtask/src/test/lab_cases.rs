@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::demo::{mislead, write_through};
 use crate::deployment::{Deployment, Domain, LIMIT, guest, host};
 use crate::lab::{self, Host, Lab};
-use crate::migration::{DOMAIN, Options, migrate, start};
+use crate::migration::{DOMAIN, Options, certify, check, migrate, migrate_encrypted, start};
 use crate::proof;
 use crate::step::step;
 
@@ -26,7 +26,8 @@ pub fn run(only: Option<&str>) -> Result<()> {
     deployment.start_probe(&lab, "")?;
     let server = proof::server(&lab)?;
 
-    let cases: [(&str, &dyn Fn() -> Result<()>); 9] = [
+    let cases: [(&str, &dyn Fn() -> Result<()>); 10] = [
+        ("a_dry_run_tells_what_will_be_and_changes_nothing", &|| dry_run(&lab, server)),
         ("a_listed_pool_goes_by_reference_and_every_page_is_equal", &|| by_reference(&lab, server)),
         ("tables_and_rows_are_what_they_were", &|| tables_whole(&lab)),
         ("killed_source_helper_leaves_a_running_guest_and_nothing_else", &|| {
@@ -36,8 +37,9 @@ pub fn run(only: Option<&str>) -> Result<()> {
             killed(&lab, Victim::TargetHelper)
         }),
         ("cancelled_migration_leaves_a_running_guest_and_nothing_else", &|| killed(&lab, Victim::Migration)),
-        ("after_failures_a_second_attempt_works", &|| {
-            migrate(&lab, lab.guest_host()?, Options::default()).map(drop)
+        ("after_failures_a_second_attempt_works_encrypted", &|| {
+            certify(&lab)?;
+            migrate_encrypted(&lab, lab.guest_host()?).map(drop)
         }),
         ("wrong_hints_change_no_byte", &|| mislead(&lab, &deployment, server).map(drop)),
         ("no_acknowledged_transaction_is_lost_while_moving", &|| write_through(&lab, server).map(drop)),
@@ -58,6 +60,35 @@ fn case(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
     let verdict = if result.is_ok() { "ok" } else { "FAILED" };
     println!("lab case {name} ... {verdict} ({:.0} s)", start.elapsed().as_secs_f64());
     result
+}
+
+/// What `check` finds on a guest whose pool is warm, and that nothing is begun by it.
+fn dry_run(lab: &Lab, before: proof::Server) -> Result<()> {
+    let from = lab.guest_host()?;
+    let (status, found) = check(lab, from)?;
+    ensure!(status == 0 && found.obstacles.is_empty(), "check ended with {status}: {found:?}");
+    ensure!(found.samples > 0 && found.reference_bytes > 0.0, "no listed page was looked at: {found:?}");
+    ensure!(
+        found.samples_same * 10 >= found.samples * 9,
+        "of {} listed pages that were looked at, {} are the same at the target: less than 90 %",
+        found.samples,
+        found.samples_same
+    );
+    ensure!(found.zero_bytes.unwrap_or(0.0) > 0.0, "no zero page was seen: {found:?}");
+    let estimate = found.estimate.context("nothing was estimated")?;
+    let (Some(stock), Some(ours)) = (estimate.stock.seconds, estimate.poolskip.seconds) else {
+        bail!("a migration of an idle guest would not end: {estimate:?}");
+    };
+    let (stock_bytes, our_bytes) =
+        (estimate.stock.wire_bytes.unwrap_or(0.0), estimate.poolskip.wire_bytes.unwrap_or(f64::MAX));
+    println!(
+        "check: stock {stock:.0} s and {:.0} MB, Poolskip {ours:.0} s and {:.0} MB",
+        stock_bytes / 1e6,
+        our_bytes / 1e6
+    );
+    ensure!(ours < stock && our_bytes < stock_bytes, "nothing would be gained: {estimate:?}");
+    ensure!(proof::server(lab)? == before, "mysqld is another process");
+    only_here(lab, from)
 }
 
 /// The way there, all memory compared.
