@@ -203,6 +203,7 @@ fn paired_hosts_know_each_other_and_a_second_time_changes_nothing() {
     let (code, said) = pair(&["--ssh", &ssh, "--name", "127.0.0.1"]);
     assert!(code == Some(0) && said.matches("has a certificate of it already").count() == 2, "{said}");
     assert_eq!(read(), before);
+    assert!(!there.with_file_name("there.pending").exists());
     let (code, said) = pair(&["--ssh", &ssh, "--name", "127.0.0.1", "--renew"]);
     assert_eq!(code, Some(0), "{said}");
     assert_ne!(read(), before);

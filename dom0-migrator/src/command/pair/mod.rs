@@ -142,6 +142,7 @@ fn pair(options: &Pair, own: &Path) -> Result<Vec<String>, PairError> {
     let mut lines = vec![format!("authority  {print}")];
     match requested.authority {
         Some(known) if known == print && !options.renew => {
+            let _: String = ask(options, &["certificates", "accept"], None)?;
             lines.push(format!("{host} has a certificate of it already; --renew makes a new one"));
         }
         Some(known) if known != print && !options.renew => {
@@ -241,8 +242,9 @@ fn ask<T: serde::de::DeserializeOwned>(
         .stdout(Stdio::piped())
         .spawn()
         .map_err(|error| failed(format!("{program} cannot be started: {error}")))?;
-    if let (Some(mut stdin), Some(input)) = (child.stdin.take(), input) {
-        let text = serde_json::to_vec(input).map_err(|error| failed(error.to_string()))?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // `null` where nothing is granted.
+        let text = serde_json::to_vec(&input).map_err(|error| failed(error.to_string()))?;
         // A command that has ended says so by its exit code.
         let _ = stdin.write_all(&text);
     }

@@ -99,18 +99,33 @@ fn granted(options: &Grant) -> Result<Option<Granted>, PairError> {
     Ok(Some(Granted { certificate, authority: authority.certificate }))
 }
 
-/// Reads what was granted, and takes it into use.
+/// Reads what was granted, and takes it into use; `null` means that what is there holds, and the request is forgotten.
 pub fn accept(options: &Accept, configuration: &Configuration) -> u8 {
     let mut text = Vec::new();
     let read = io::stdin().take(GRANTED_MAX).read_to_end(&mut text).map_err(|error| error.to_string());
     let granted = read
-        .and_then(|_| serde_json::from_slice::<Granted>(&text).map_err(|error| error.to_string()))
+        .and_then(|_| serde_json::from_slice::<Option<Granted>>(&text).map_err(|error| error.to_string()))
         .map_err(|problem| PairError::Making { what: "what was granted".into(), problem });
-    done(granted.and_then(|granted| accepted(&configuration.certificates, &granted, options.replace)).map(
-        |()| {
-            println!("\"accepted\"");
-        },
-    ))
+    let directory = &configuration.certificates;
+    done(
+        granted
+            .and_then(|granted| match granted {
+                Some(granted) => accepted(directory, &granted, options.replace),
+                None => forget(directory),
+            })
+            .map(|()| println!("\"accepted\"")),
+    )
+}
+
+/// Removes a key that waits for no certificate any more.
+fn forget(directory: &Path) -> Result<(), PairError> {
+    let path = pending(directory);
+    match fs::remove_dir_all(&path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(CertificateError::Io { path, source: error }.into())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn done(result: Result<(), PairError>) -> u8 {
@@ -149,8 +164,7 @@ fn accepted(directory: &Path, granted: &Granted, replace: bool) -> Result<(), Pa
         return Err(PairError::Other { host: "this host".into(), fingerprint: known });
     }
     install(directory, &key, &granted.certificate, &granted.authority)?;
-    let _ = fs::remove_dir_all(&pending);
-    Ok(())
+    forget(directory)
 }
 
 /// Puts three files in place of those that are there, all at once: a host is never left with a key and another one's certificate.
@@ -232,6 +246,9 @@ mod tests {
         let before = fs::read_to_string(own.join(AUTHORITY)).unwrap();
         let asked = requested(&own).unwrap();
         assert!(asked.authority.is_some());
+        forget(&own).unwrap();
+        assert!(!pending(&own).exists());
+        let asked = requested(&own).unwrap();
         let error = accepted(&own, &grant(&two, &asked), false).unwrap_err();
         assert!(matches!(error, PairError::Other { .. }), "{error}");
         assert_eq!(fs::read_to_string(own.join(AUTHORITY)).unwrap(), before);

@@ -123,7 +123,8 @@ remove() { # KEEP
     forget_files "$1"
     if [ "$1" = no ]; then
         if [ "$role" = dom0 ]; then
-            rm -rf "$root/etc/poolskip/certificates" "$root/etc/poolskip/authority" "$root/var/lib/poolskip"
+            rm -rf "$root/etc/poolskip/certificates" "$root/etc/poolskip/certificates.pending" "$root/etc/poolskip/certificates.new" \
+                "$root/etc/poolskip/authority" "$root/var/lib/poolskip"
         else
             rm -rf "$root/etc/poolskip/catalogue.d"
         fi
