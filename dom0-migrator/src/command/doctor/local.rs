@@ -227,7 +227,7 @@ fn records(directory: &Path) -> Vec<Finding> {
     findings.push(match statvfs(there) {
         Err(error) => Finding::bad(what, format!("{}: {error}", there.display()), "mount its disk"),
         Ok(space) => {
-            let mib = space.blocks_available() * space.fragment_size() >> 20;
+            let mib = (space.blocks_available() * space.fragment_size()) >> 20;
             let shown = format!("{}: {mib} MiB are free", directory.display());
             if mib < DISK_MIB {
                 Finding::bad(what, shown, "free some: without its record no migration begins")
