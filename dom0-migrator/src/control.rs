@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::examination::{Answer, Question};
 use crate::handover::Verdict;
-use crate::inquiry::{Findings, Inquiry};
+use crate::inquiry::{Findings, Inquiry, Needs};
 use crate::report::RestoreReport;
 
 /// Version of everything that the two commands say to each other. Another one is refused.
@@ -165,6 +165,9 @@ pub enum FromSource {
         /// does not answer to it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         blocks: Option<BlocksOffer>,
+        /// What the domain needs; a target that has it not refuses.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        needs: Option<Needs>,
     },
     /// The source has written down that the target may run the domain.
     Given,

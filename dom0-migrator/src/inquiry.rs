@@ -11,14 +11,26 @@ pub const DISKS_MAX: usize = 255;
 /// Samples in an inquiry at most, of all disks together.
 pub const SAMPLES_MAX: usize = 1024;
 
-/// What a domain would need.
+/// What a domain needs of a host: without it nothing is begun there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Needs {
+    /// Memory; 0 where that is not known.
+    pub memory_bytes: u64,
+    /// Paths of disks that must be there already, since no script of the domain's own makes them.
+    pub disks: Vec<PathBuf>,
+}
+
+/// What a domain would need, and what could be had by reference.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Inquiry {
     /// Its name.
     pub domain: String,
     /// The source's version of what helpers say to each other.
     pub stream_version: u16,
-    /// Its disks.
+    /// What it needs.
+    #[serde(default)]
+    pub needs: Needs,
+    /// Its disks that can be read by offset.
     pub disks: Vec<DiskInquiry>,
 }
 
@@ -138,7 +150,7 @@ mod tests {
         let disk = DiskInquiry { vdev: u32::MAX, path: "/".repeat(200).into(), samples: Vec::new() };
         let mut disks = vec![disk; DISKS_MAX];
         disks[0].samples = vec![sample; SAMPLES_MAX];
-        let inquiry = Inquiry { domain: "x".repeat(256), stream_version: 1, disks };
+        let inquiry = Inquiry { domain: "x".repeat(256), stream_version: 1, needs: Needs::default(), disks };
         assert!(serde_json::to_vec(&inquiry).unwrap().len() < crate::control::LINE_MAX);
     }
 }

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use crate::build::{ebpf, module};
 use crate::cache::Key;
-use crate::lab::{self, Host, Lab};
+use crate::lab::{Flavour, Host, Kernel, Lab};
 use crate::step::{run, step};
 use crate::workload::TPCC;
 
@@ -21,13 +21,13 @@ const DOMAINS: &str = "/usr/local/bin/domains";
 /// Where it finds its library.
 const LIBRARY: &str = "/usr/local/lib/domains";
 /// Where the probe lies in the guest.
-const PROBE: &str = "/usr/local/bin/guest-probe";
+pub const PROBE: &str = "/usr/local/bin/guest-probe";
 /// Where the compressing transport lies in both hosts.
 pub const ZSTD_PIPE: &str = "/usr/local/bin/zstd-pipe";
 /// Where the ticker lies in the guest.
 const TICKER: &str = "/usr/local/bin/guest-ticker";
 /// The module in the guest.
-const MODULE: &str = "/root/poolskip.ko";
+pub const MODULE: &str = "/root/poolskip.ko";
 
 /// Generous limit for one command in an emulated machine.
 pub const LIMIT: Duration = Duration::from_secs(300);
@@ -66,14 +66,14 @@ pub struct Deployment {
 }
 
 impl Deployment {
-    /// Builds all that the lab's machines run.
+    /// Builds all that the machines of such a lab run.
     ///
     /// # Errors
     /// When something does not compile, or a built object in the tree does not belong to its sources.
-    pub fn build() -> Result<Self> {
+    pub fn build(flavour: Flavour) -> Result<Self> {
         ebpf::check()?;
         module::check()?;
-        let kernel = lab::Kernel::guest()?;
+        let kernel = Kernel::of(flavour.suite())?;
         let linking = format!("linking the kernel module for {}", kernel.release);
         let module = step(&linking, || module::link(&kernel))?;
         let target = build_release()?;

@@ -13,6 +13,7 @@ use crate::control::{
     TargetOutcome, Token,
 };
 use crate::handover::Verdict;
+use crate::inquiry::Needs;
 
 /// How long the target may take to clean up and report.
 const TARGET: Duration = Duration::from_secs(120);
@@ -60,6 +61,8 @@ pub struct Wanted {
     pub connections: u16,
     /// How the stream is compressed.
     pub compression: Compression,
+    /// What the domain needs.
+    pub needs: Needs,
 }
 
 /// The connections: control, stream (one, or several as one) and side channel.
@@ -94,7 +97,7 @@ impl Link {
         debug: bool,
         wanted: Wanted,
     ) -> Result<Self, LinkError> {
-        let Wanted { transport, connections, compression } = wanted;
+        let Wanted { transport, connections, compression, needs } = wanted;
         let at = |what| {
             let target = target.to_owned();
             move |source| LinkError::Target { what, target, source }
@@ -112,6 +115,7 @@ impl Link {
             stream_version: STREAM_VERSION,
             debug,
             blocks: offer,
+            needs: Some(needs),
         };
         control::write_line(&mut control.socket, &start).map_err(at("cannot talk to"))?;
         let (stock_because, blocks) = match control::read_line(&mut lines).map_err(at("no answer from"))? {

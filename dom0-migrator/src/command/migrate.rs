@@ -33,6 +33,7 @@ use crate::handoff::{HandoffError, Listener, Order};
 use crate::handover::record::{Process, Record, RecordError, Records};
 use crate::handover::{SourceEvent, SourceState};
 use crate::helper::policy::Limits;
+use crate::inquiry::Needs;
 use crate::lists::Requester;
 use crate::xen::release::Release;
 use crate::xenstore::{StoreError, Xenstore};
@@ -158,6 +159,10 @@ fn migrate(
     );
     let metrics = metrics.map_err(system("the port for metrics"))?;
     let token = Token::random().map_err(system("a random token"))?;
+    let mut store = Xenstore::open()?;
+    let disks = disks::survey(&mut store, domain.id)?;
+    let needs = Needs { memory_bytes: domain::memory_bytes(&mut store, domain.id)?, disks: disks.fixed };
+    let disks_refused = disks.refused;
     let mut link = Link::open(
         &connection::with_port(&options.target),
         token.clone(),
@@ -168,6 +173,7 @@ fn migrate(
             transport: Transport { bandwidth: configuration.limit(options.bandwidth), ..transport.clone() },
             connections: options.connections.unwrap_or(configuration.connections),
             compression: options.compress.unwrap_or(configuration.compress),
+            needs,
         },
     )?;
     if let Some(why) = &link.stock_because {
@@ -177,7 +183,6 @@ fn migrate(
     if let Some(why) = &link.one_because {
         tracing::warn!("the stream goes over one connection, as it is: {why}");
     }
-    let disks_refused = disks::survey(&mut Xenstore::open()?, domain.id)?.refused;
     let listener = Arc::new(Listener::bind()?);
     let order = Order {
         socket: true,

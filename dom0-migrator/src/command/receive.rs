@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufReader};
 use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,6 +32,7 @@ use crate::control::{
 use crate::examination::{self, Question};
 use crate::handover::record::{RecordError, Records};
 use crate::handover::{TargetEvent, TargetState, Verdict};
+use crate::inquiry::{DISKS_MAX, Inquiry, Needs};
 use crate::xen::DomainId;
 use crate::xen::release::Release;
 use crate::xenstore::{StoreError, Xenstore};
@@ -77,6 +79,13 @@ enum ReceiveError {
     Leftover { name: String, id: DomainId },
     #[error("a domain {name} is here already, as domain {id}")]
     Exists { name: String, id: DomainId },
+    #[error(
+        "{} MiB of memory are free here, the domain needs {}: `xl mem-set` makes room, of dom0's own memory too",
+        free >> 20, needed >> 20
+    )]
+    Memory { free: u64, needed: u64 },
+    #[error("a disk of the domain is not here: {}: {source}", path.display())]
+    Disk { path: PathBuf, source: io::Error },
     #[error("the source did not begin with what it wants")]
     NoStart,
     #[error("this host is about to stop receiving")]
@@ -261,10 +270,11 @@ fn converse(
         control::read_line(&mut timed)?
     };
     let lines = connection::reader(&wire.socket).map_err(system("control connection"))?;
-    let (domain, helper, compare, stock_because, blocks) = match first {
-        FromSource::Start { domain, helper, stream_version, debug, blocks } => {
+    let (domain, helper, compare, stock_because, blocks, needs) = match first {
+        FromSource::Start { domain, helper, stream_version, debug, blocks, needs } => {
             let why = (helper == HelperKind::Poolskip).then(|| stock_because(stream_version)).flatten();
-            (domain, if why.is_some() { HelperKind::Stock } else { helper }, debug, why, granted(blocks))
+            let helper = if why.is_some() { HelperKind::Stock } else { helper };
+            (domain, helper, debug, why, granted(blocks), needs.unwrap_or_default())
         }
         FromSource::Ask { id, domain } => {
             let answer = answer(&id, &domain, shared);
@@ -278,8 +288,7 @@ fn converse(
         FromSource::Examine(question) => return examine(&mut wire, lines, from, question, shared),
         FromSource::Check(inquiry) => {
             tracing::info!(%from, domain = inquiry.domain, "asked what a migration would be");
-            let refused =
-                stands_in_the_way(&inquiry.domain, here, shared).err().map(|error| error.to_string());
+            let refused = stands_in_the_way(&inquiry, here, shared).err().map(|error| error.to_string());
             let said = match answer::answer(&inquiry, refused, stock_because(inquiry.stream_version)) {
                 Ok(findings) => FromTarget::Checked(Box::new(findings)),
                 Err(reason) => FromTarget::Refused { reason },
@@ -294,6 +303,7 @@ fn converse(
     let (tell, happenings) = channel();
     lock(&shared.running).insert(token.clone(), tell.clone());
     let done = Claim::new(&domain, here, shared).and_then(|claim| {
+        has(&needs)?;
         let record = shared.records.begin(token, TargetState::Receiving, &domain, None, &from.to_string())?;
         Ok((claim, record))
     });
@@ -447,13 +457,29 @@ fn not_here(name: &str, same_host: bool) -> Result<(), ReceiveError> {
     Ok(())
 }
 
+/// That this host has what a domain needs. What xl does not tell is for it to find out.
+fn has(needs: &Needs) -> Result<(), ReceiveError> {
+    for path in needs.disks.iter().take(DISKS_MAX) {
+        std::fs::metadata(path).map_err(|source| ReceiveError::Disk { path: path.clone(), source })?;
+    }
+    if needs.memory_bytes > 0
+        && let (Some(free), false) = answer::free_memory()
+        && free < needs.memory_bytes
+    {
+        return Err(ReceiveError::Memory { free, needed: needs.memory_bytes });
+    }
+    Ok(())
+}
+
 /// Whether a domain would be received; nothing is claimed, and nothing that was cut off is settled.
-fn stands_in_the_way(name: &str, same_host: bool, shared: &Shared) -> Result<(), ReceiveError> {
+fn stands_in_the_way(inquiry: &Inquiry, same_host: bool, shared: &Shared) -> Result<(), ReceiveError> {
+    let name = &inquiry.domain;
     plausible(name, shared)?;
     if lock(&shared.names).contains(name) {
         return Err(ReceiveError::Busy(name.to_owned()));
     }
-    not_here(name, same_host)
+    not_here(name, same_host)?;
+    has(&inquiry.needs)
 }
 
 impl Drop for Claim<'_> {

@@ -131,3 +131,30 @@ fn a_target_that_is_not_there_is_an_obstacle_too() {
     let unknown = source.command("").args(["check", "db9", &address, "--plain"]).output().unwrap();
     assert_eq!(unknown.status.code(), Some(i32::from(EXIT_NOT_BEGUN)));
 }
+
+#[test]
+fn a_target_without_memory_or_disk_refuses_before_anything_is_begun() {
+    let source = Host::new().with_domain(3, "db1");
+    let target = Host::new();
+    give_memory(&source, 3, 512);
+    let receiver = target.receive("", &[]);
+    let free = target.directory.path().join("xs/free_memory");
+    fs::write(&free, "100").unwrap();
+    let refused = |part: &str| {
+        let ended = source.migrate("", "db1", &receiver.address);
+        assert_eq!(ended.code, i32::from(EXIT_NOT_BEGUN), "{}", ended.stderr);
+        assert!(ended.stderr.contains(part), "{}", ended.stderr);
+        assert!(target.records("list").is_empty() && source.records("list").is_empty());
+    };
+    refused("100 MiB of memory are free here, the domain needs 512");
+    fs::write(&free, "600").unwrap();
+    give_disk(&source, 3, "phy", "/nowhere/disk");
+    refused("a disk of the domain is not here: /nowhere/disk");
+    let (code, json) = check(&source, &receiver.address);
+    assert!(code == i32::from(EXIT_NOT_BEGUN) && obstacles(&json).contains(&"target-refuses"), "{json:#}");
+    // What a script of the domain's own attaches need not be there before.
+    let script = source.directory.path().join("xs/local/domain/0/backend/vbd/3/51712/script");
+    fs::write(script, "/etc/xen/scripts/own").unwrap();
+    source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+    runs_only_at(&target, &source);
+}

@@ -105,9 +105,10 @@ impl Bundle {
             before: AtomicU64::new(0),
             after: AtomicU64::new(0),
         });
-        // A block for each lane to send, and one more; as many again come back empty.
-        let (send, blocks) = bounded(count + 1);
-        let (give_back, empty) = bounded(2 * count + 2);
+        // A lane takes a block when it is free, and no block waits in between: what is on its way has to arrive before a domain is
+        // suspended.
+        let (send, blocks) = bounded(0);
+        let (give_back, empty) = bounded(count + 1);
         let bundle = Self(shared.clone());
         bundle.spawn("cut", move |shared| cut(shared, &send, &empty))?;
         for lane in 0..count {

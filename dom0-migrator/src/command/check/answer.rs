@@ -123,7 +123,7 @@ fn try_out(places: &[(&Disk, u64)]) -> Option<Measured> {
 }
 
 /// Memory that xl says is free, and whether it would take some from dom0.
-fn free_memory() -> (Option<u64>, bool) {
+pub fn free_memory() -> (Option<u64>, bool) {
     let Ok(output) = Command::new("xl").arg("info").stdin(Stdio::null()).output() else {
         return (None, false);
     };

@@ -37,7 +37,7 @@ use crate::engine::xen_stream::PAGE;
 use crate::handover::SourceState;
 use crate::handover::record::Records;
 use crate::helper::Libraries;
-use crate::inquiry::{DISKS_MAX, Digest, DiskInquiry, Findings, Inquiry, Sample};
+use crate::inquiry::{DISKS_MAX, Digest, DiskInquiry, Findings, Inquiry, Needs, Sample};
 use crate::lists::{self, DomainMemory, GuestMemory, Requester};
 use crate::xenstore::{Store, StoreError, Xenstore};
 use obstacle::{Obstacle, Weight};
@@ -103,7 +103,7 @@ fn check(
         connections: options.connections.unwrap_or(configuration.connections),
         ..CheckReport::default()
     };
-    report.memory_bytes = memory_bytes(store, domain)?;
+    report.memory_bytes = domain::memory_bytes(store, domain.id)?;
     report.obstacles.extend(local(store, domain, configuration)?);
     let disks = disks::survey(store, domain.id)?;
     report.obstacles.extend(disks.refused.iter().map(Obstacle::of_disk));
@@ -177,15 +177,6 @@ fn seen(look: std::io::Result<Look>, report: &mut CheckReport) -> Option<Look> {
         ));
     })
     .ok()
-}
-
-/// Memory of a domain, as its toolstack wants it to be.
-fn memory_bytes(store: &mut impl Store, domain: &Domain) -> Result<u64, StoreError> {
-    let text = store.read_text(&format!("/local/domain/{}/memory/target", domain.id))?;
-    Ok(text
-        .and_then(|kibibytes| kibibytes.trim().parse::<u64>().ok())
-        .unwrap_or_default()
-        .saturating_mul(1024))
 }
 
 /// What is in the way here, whatever the target says.
@@ -284,7 +275,9 @@ fn inquiry(
         }));
         asked.push(DiskInquiry { vdev: name.vdev.0, path: name.path.clone(), samples });
     }
-    (Inquiry { domain: domain.name.clone(), stream_version: STREAM_VERSION, disks: asked }, here)
+    // Memory has a name of its own among the obstacles.
+    let needs = Needs { memory_bytes: 0, disks: disks.fixed.clone() };
+    (Inquiry { domain: domain.name.clone(), stream_version: STREAM_VERSION, needs, disks: asked }, here)
 }
 
 /// Some pages of a disk as it is read here.

@@ -60,8 +60,7 @@ fn storage_at_a_tenth_of_the_links_pace_holds_nothing_up() {
     let (mut wire, mut side) = (lone.wire.try_clone().unwrap(), lone.side.try_clone().unwrap());
     let target = std::thread::spawn(move || {
         let (mut buffer, mut came, mut accepted) = (vec![0; 10 * PAGE], 0, 0);
-        loop {
-            let Ok(length) = wire.read(&mut buffer) else { break };
+        while let Ok(length) = wire.read(&mut buffer) {
             if length == 0 {
                 break;
             }
