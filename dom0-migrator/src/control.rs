@@ -26,6 +26,7 @@
 //! ```
 //!
 //! `check` asks in the same way: `Check(Inquiry)`, answered by `Checked(Findings)` ([`crate::inquiry`]).
+//! `doctor` examines a host on a control connection ([`crate::examination`]).
 //!
 //! The token ties connections together; it keeps nobody out: certificates do ([`crate::command`]).
 
@@ -33,6 +34,7 @@ use std::io::{self, BufRead, Read, Write};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::examination::{Answer, Question};
 use crate::handover::Verdict;
 use crate::inquiry::{Findings, Inquiry, Needs};
 use crate::report::RestoreReport;
@@ -180,6 +182,8 @@ pub enum FromSource {
         /// Name of its domain.
         domain: String,
     },
+    /// A question of `doctor`'s; nothing but such questions comes on its connection.
+    Examine(Question),
 }
 
 /// What the target says.
@@ -205,6 +209,8 @@ pub enum FromTarget {
     Checked(Box<Findings>),
     /// xl is done.
     Finished(Box<TargetOutcome>),
+    /// An answer to `doctor`.
+    Examined(Answer),
 }
 
 /// How it ended at the target.

@@ -10,6 +10,7 @@
 //!   each other, [`handoff`] what they say to the helpers, [`report`] what comes of it;
 //! * [`inquiry`]: what `check` asks a target;
 //! * [`handover`]: which side may run the domain, written down on both before it is done;
+//! * [`examination`]: what `doctor` asks another host;
 //! * [`timeline`], [`memory_map`]: what is seen of a migration from second to second and page by page;
 //! * [`xen`], [`xenstore`]: Xen's libraries and its tree of values.
 
@@ -17,6 +18,7 @@ pub mod command;
 pub mod control;
 pub mod disks;
 pub mod engine;
+pub mod examination;
 pub mod handoff;
 pub mod handover;
 pub mod helper;

@@ -76,16 +76,7 @@ impl Deployment {
         let kernel = Kernel::of(flavour.suite())?;
         let linking = format!("linking the kernel module for {}", kernel.release);
         let module = step(&linking, || module::link(&kernel))?;
-        let target = step("building guest-probe, dom0-migrator and the ticker (release)", || {
-            run(cargo().args(["build", "--locked", "--release"]).args([
-                "--package=guest-probe",
-                "--package=dom0-migrator",
-                "--package=tests",
-                "--features=dom0-migrator/xenctrl",
-                "--bins",
-            ]))?;
-            target_directory()
-        })?;
+        let target = build_release()?;
         let release = target.join("release");
         // Line tables are most of a binary, and each megabyte takes its time into an emulated machine.
         let stripped = |name: &str| -> Result<PathBuf> {
@@ -234,6 +225,24 @@ impl Deployment {
         longest_gap(&log)
             .with_context(|| format!("the ticker in the guest left no line that says so: {log:?}"))
     }
+}
+
+/// Builds all programs for release: those that are installed, and those that only the lab needs. The target directory.
+///
+/// # Errors
+/// When something does not compile.
+pub fn build_release() -> Result<PathBuf> {
+    step("building guest-probe, dom0-migrator and the lab's programs (release)", || {
+        run(cargo().args(["build", "--locked", "--release"]).args([
+            "--package=guest-probe",
+            "--package=dom0-migrator",
+            "--package=tests",
+            // Adds the program `domains`, and nothing to the others.
+            "--features=dom0-migrator/xenctrl",
+            "--bins",
+        ]))?;
+        target_directory()
+    })
 }
 
 /// The longest gap in a ticker's log.

@@ -14,7 +14,7 @@ use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
 use crate::ending::status_of_group;
 use crate::step::{run as run_program, step};
-use crate::{mariadb, module_test, mysql, setup, volume_test};
+use crate::{mariadb, module_test, mysql, package, setup, volume_test};
 
 /// Run all tests.
 #[derive(clap::Args)]
@@ -45,6 +45,8 @@ enum Part {
     Lint,
     /// Tests of all crates; those of `tests` attach to a real mysqld on this machine
     Native,
+    /// The packages: what is in them, what lintian says, whether they install and go without a trace
+    Package,
     /// The kernel module in the kernels of three Debian releases, under QEMU
     Module,
     /// The storage map on volumes of the device mapper in a Debian kernel, under QEMU
@@ -79,7 +81,7 @@ pub fn run(args: &Args) -> Result<()> {
     if args.soak {
         return soak(args.soak_seconds);
     }
-    let all = [Part::Lint, Part::Native, Part::Module, Part::Volume, Part::Lab, Part::Pvh];
+    let all = [Part::Lint, Part::Native, Part::Package, Part::Module, Part::Volume, Part::Lab, Part::Pvh];
     let is_default = |part: &Part| *part != Part::Pvh;
     let mut named = args.parts.clone();
     if args.module {
@@ -96,6 +98,7 @@ pub fn run(args: &Args) -> Result<()> {
         let result = match part {
             Part::Lint => lint(),
             Part::Native => native(),
+            Part::Package => package::trial::run(),
             Part::Module => module_test::boot_test(),
             Part::Volume => volume_test::run(),
             Part::Lab => lab_cases::run(args.case.as_deref()),

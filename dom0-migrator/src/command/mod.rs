@@ -1,5 +1,6 @@
 //! The commands.
 
+mod as_xl;
 mod bundle;
 mod carry;
 mod certificates;
@@ -7,14 +8,18 @@ mod check;
 mod child;
 pub mod configuration;
 mod connection;
+mod doctor;
 mod domain;
+mod evacuate;
 mod follow;
 mod host;
 mod judge;
 mod link;
+mod listening;
 mod metrics;
 mod migrate;
 mod observer;
+mod pair;
 mod progress;
 mod pump;
 mod receive;
@@ -28,6 +33,7 @@ mod signals;
 mod status;
 mod summary;
 mod tls;
+mod toolstack;
 mod watch;
 mod xl_words;
 
@@ -40,7 +46,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use configuration::{Configuration, Connecting, Rate};
 
@@ -88,6 +94,10 @@ pub enum Command {
     Check(Check),
     /// Receive domains.
     Receive(Receive),
+    /// Migrate every domain that can go to other hosts, by a plan that is shown first.
+    ///
+    /// Exit codes: 0 all are gone; 1 some stay; 2 nothing was begun; 3 interrupted; 4 one is in doubt, which `resolve` settles.
+    Evacuate(evacuate::Evacuate),
     /// Settle migrations that were cut off: find which side may run the domain, and make it so.
     Resolve(Resolve),
     /// Show the migrations of this host that are not over, or one of them.
@@ -99,8 +109,24 @@ pub enum Command {
     /// Certificates for the hosts, by which they know each other.
     #[command(subcommand)]
     Certificates(Certificates),
+    /// Have this host and another one know each other: certificates for both, over ssh.
+    Pair(pair::Pair),
     /// Make a page for a browser of a migration's report file.
     Report(Report),
+    /// Look whether this host can migrate, and whether it can migrate to another one; nothing is changed.
+    ///
+    /// Exit codes: 0 when nothing is missing, 1 when something is, 2 when the configuration cannot be read.
+    Doctor(doctor::Doctor),
+    /// Have the toolstack that is here go through Poolskip: `xl migrate`, or libvirt's driver for Xen.
+    Enable(toolstack::Enable),
+    /// Undo `enable`, without a trace.
+    Disable(toolstack::Disable),
+    /// What `xl migrate` becomes after `enable xl`.
+    #[command(hide = true)]
+    AsXl(as_xl::AsXl),
+    /// Write man pages or shell completions (for packages).
+    #[command(hide = true)]
+    Generate(manual::Generate),
     /// Carry xl's stream to the network (started by xl for `migrate`).
     #[command(hide = true)]
     Carry,
@@ -196,7 +222,7 @@ pub struct Check {
 /// Options of `receive`.
 #[derive(Debug, Args)]
 pub struct Receive {
-    /// Address and port to listen on [default: the configuration's].
+    /// Address and port to listen on [default: the sockets that systemd passes, or else the configuration's].
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub listen: Option<SocketAddr>,
     /// How to be connected to.
@@ -225,6 +251,15 @@ pub struct Resolve {
 pub enum Certificates {
     /// Make a certificate for each host, and an authority that signs them if there is none in the directory yet.
     Make(CertificatesMake),
+    /// Make a key for this host, and print a request for its certificate (`pair` runs this on the other host).
+    #[command(hide = true)]
+    Request,
+    /// Sign a request with this host's authority (`cargo xtask deploy` runs this on the first host).
+    #[command(hide = true)]
+    Grant(pair::Grant),
+    /// Take a certificate into use that was requested before (`pair` runs this on the other host).
+    #[command(hide = true)]
+    Accept(pair::Accept),
 }
 
 /// Options of `certificates make`.
@@ -275,9 +310,18 @@ pub fn run(line: CommandLine) -> ExitCode {
         Command::Report(options) => report::run(&options),
         // xl's own environment may be anything; this needs nothing but the command that it works for.
         Command::Carry => carry::run(),
+        Command::Enable(options) => toolstack::enable(&options),
+        Command::Disable(options) => toolstack::disable(&options),
+        Command::Generate(options) => match manual::generate(CommandLine::command(), &options) {
+            Ok(()) => EXIT_MIGRATED,
+            Err(error) => {
+                eprintln!("dom0-migrator: {error}");
+                EXIT_FAILED
+            }
+        },
         Command::Certificates(Certificates::Make(options)) => certificates::run(&options),
         command => match Configuration::load(config.as_deref()) {
-            Ok(configuration) => run_configured(command, &configuration),
+            Ok(configuration) => run_configured(command, &configuration, config.as_ref()),
             Err(error) => {
                 eprintln!("dom0-migrator: {error}");
                 EXIT_NOT_BEGUN
@@ -287,7 +331,7 @@ pub fn run(line: CommandLine) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn run_configured(command: Command, configuration: &Configuration) -> u8 {
+fn run_configured(command: Command, configuration: &Configuration, file: Option<&PathBuf>) -> u8 {
     let records = Some(configuration.records.as_path());
     match command {
         Command::Migrate(options) => migrate::run(&options, configuration),
@@ -297,6 +341,18 @@ fn run_configured(command: Command, configuration: &Configuration) -> u8 {
         Command::Status(options) => status::status(&options, records),
         Command::List(options) => status::list(&options, records),
         Command::Cancel(options) => status::cancel(&options, records),
-        Command::Carry | Command::Certificates(_) | Command::Report(_) => EXIT_NOT_BEGUN,
+        Command::Evacuate(options) => evacuate::run(&options, configuration, file),
+        Command::Doctor(options) => doctor::run(&options, configuration),
+        Command::Pair(options) => pair::run(&options, configuration),
+        Command::Certificates(Certificates::Request) => pair::request(configuration),
+        Command::Certificates(Certificates::Grant(options)) => pair::grant(&options),
+        Command::Certificates(Certificates::Accept(options)) => pair::accept(&options, configuration),
+        Command::AsXl(options) => as_xl::run(&options, configuration),
+        Command::Carry
+        | Command::Certificates(_)
+        | Command::Disable(_)
+        | Command::Enable(_)
+        | Command::Generate(_)
+        | Command::Report(_) => EXIT_NOT_BEGUN,
     }
 }

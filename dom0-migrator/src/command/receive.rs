@@ -5,30 +5,31 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufReader};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 
 use super::bundle::{self, Compression};
 use super::check::answer;
-use super::configuration::Configuration;
+use super::configuration::{Configuration, Connecting};
 use super::connection::{Transport, Wire};
 use super::domain::{self, INCOMING};
+use super::listening::Listening;
 use super::pump;
 use super::session::{self, Happening, Session};
 use super::settle;
 use super::tls::Deadlined;
-use super::{EXIT_FAILED, EXIT_MIGRATED, EXIT_NOT_BEGUN, Receive, connection, signals};
+use super::{EXIT_FAILED, EXIT_MIGRATED, EXIT_NOT_BEGUN, Receive, connection, doctor, signals};
 use crate::control::{
     self, BlocksOffer, CONNECTIONS_MAX as CONNECTIONS_OF_STREAM, Connection, FromSource, FromTarget,
     HelperKind, LineError, STREAM_VERSION, TargetOutcome, Token, VERSION,
 };
+use crate::examination::{self, Question};
 use crate::handover::record::{RecordError, Records};
 use crate::handover::{TargetEvent, TargetState, Verdict};
 use crate::inquiry::{DISKS_MAX, Inquiry, Needs};
@@ -104,6 +105,8 @@ type Partner = (Connection, u16, Wire);
 
 /// What all sessions share.
 struct Shared {
+    configuration: Configuration,
+    connecting: Connecting,
     records: Records,
     transport: Transport,
     waiting: Mutex<BTreeMap<Token, Sender<Partner>>>,
@@ -126,8 +129,9 @@ pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
         eprintln!("dom0-migrator: {error}");
         EXIT_NOT_BEGUN
     };
-    let Some(listen) = options.listen.or(configuration.listen) else {
-        return failed(&"where to listen? `--listen ADDRESS:PORT`, or `listen` in the configuration");
+    let listening = match Listening::open(options.listen, configuration.listen) {
+        Ok(listening) => listening,
+        Err(error) => return failed(&error),
     };
     let transport = match configuration.transport(&options.connecting) {
         Ok(transport) => transport,
@@ -138,6 +142,8 @@ pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
         Err(error) => return failed(&error),
     };
     let shared = Arc::new(Shared {
+        configuration: configuration.clone(),
+        connecting: options.connecting.clone(),
         records,
         transport,
         waiting: Mutex::default(),
@@ -155,20 +161,18 @@ pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
             shared.ending.store(true, Ordering::Release);
         })
     };
-    let listening = on_signal.and_then(|()| TcpListener::bind(listen));
-    let listener = match listening {
-        Ok(listener) => listener,
-        Err(error) => return failed(&format!("cannot listen on {listen}: {error}")),
-    };
+    if let Err(error) = on_signal {
+        return failed(&format!("signals: {error}"));
+    }
     shared.records.prune();
     settle_all(&shared.records, None);
     let encrypted = shared.transport.identity.is_some();
-    tracing::info!(address = %listen, encrypted, "ready to receive domains");
+    tracing::info!(address = %listening.addresses(), encrypted, "ready to receive domains");
     while !shared.ending.load(Ordering::Acquire) {
         if options.once && lock(&shared.finished).is_some() {
             break;
         }
-        accept(&listener, &shared);
+        accept(&listening, &shared);
     }
     while shared.sessions.load(Ordering::Acquire) > 0 {
         std::thread::sleep(TICK);
@@ -204,13 +208,9 @@ fn settle_all(records: &Records, name: Option<&str>) {
 }
 
 /// Waits a while for a connection.
-fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
-    let mut waiting = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+fn accept(listening: &Listening, shared: &Arc<Shared>) {
     let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::MAX);
-    if !matches!(poll(&mut waiting, timeout), Ok(1..)) {
-        return;
-    }
-    let Ok((stream, from)) = listener.accept() else { return };
+    let Some((stream, from)) = listening.accept(timeout) else { return };
     if shared.connections.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
         shared.connections.fetch_sub(1, Ordering::AcqRel);
         tracing::warn!(%from, "too many connections, one is closed");
@@ -285,6 +285,7 @@ fn converse(
             };
             return Ok(control::write_line(&mut wire.socket, &said)?);
         }
+        FromSource::Examine(question) => return examine(&mut wire, lines, from, question, shared),
         FromSource::Check(inquiry) => {
             tracing::info!(%from, domain = inquiry.domain, "asked what a migration would be");
             let refused = stands_in_the_way(&inquiry, here, shared).err().map(|error| error.to_string());
@@ -348,6 +349,21 @@ fn converse(
     lock(&shared.running).remove(token);
     shared.sessions.fetch_sub(1, Ordering::AcqRel);
     done
+}
+
+/// A control connection of another host's `doctor`.
+fn examine(
+    wire: &mut Wire,
+    mut lines: BufReader<TcpStream>,
+    from: SocketAddr,
+    question: Question,
+    shared: &Shared,
+) -> Result<(), ReceiveError> {
+    tracing::info!(%from, "this host is examined");
+    wire.socket.set_read_timeout(Some(QUESTION)).map_err(system("control connection"))?;
+    wire.socket.set_write_timeout(Some(QUESTION)).map_err(system("control connection"))?;
+    let host = || doctor::host(&shared.configuration, &shared.connecting);
+    Ok(examination::attend(question, &mut lines, &mut wire.socket, &host)?)
 }
 
 /// Why this program's helper cannot run here with the source's.

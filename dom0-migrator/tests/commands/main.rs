@@ -5,6 +5,7 @@
 
 mod check;
 mod connections;
+mod operate;
 mod xenstored;
 
 use std::fs;
