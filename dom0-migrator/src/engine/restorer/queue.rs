@@ -25,6 +25,9 @@ pub(super) struct Bounds {
     pub(super) gap_bytes: u64,
 }
 
+/// Of those that are no longer waiting, as many as this may stand in the order besides.
+const SKIPPED_MAX: usize = 1024;
+
 /// All that wait, by place and by number.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
@@ -38,8 +41,13 @@ impl Queue {
         self.by_place.is_empty()
     }
 
-    /// Adds one; numbers ascend from call to call.
+    /// Adds one; numbers ascend from call to call. What is no longer waiting is forgotten when it is more than half, so that a source
+    /// which replaces its references over and over, faster than disks are read, takes no memory by it.
     pub(super) fn push(&mut self, key: Key, wanted: Wanted) {
+        if self.by_number.len() >= 2 * self.by_place.len() + SKIPPED_MAX {
+            let Self { by_place, by_number } = self;
+            by_number.retain(|key| by_place.contains_key(key));
+        }
         self.by_number.push_back(key);
         self.by_place.insert(key, wanted);
     }
@@ -117,6 +125,22 @@ mod tests {
         assert_eq!(numbers(&queue.next_job(BOUNDS).unwrap()), [1]);
         assert_eq!(numbers(&queue.next_job(BOUNDS).unwrap()), [2]);
         assert!(queue.next_job(BOUNDS).is_none() && queue.is_empty());
+    }
+
+    #[test]
+    fn what_is_replaced_over_and_over_takes_no_memory() {
+        let mut queue = Queue::default();
+        let wanted = Wanted { pfn: 7, hash: [0; 16] };
+        for number in 0..100_000 {
+            queue.push(Key { disk: 0, offset: 0, number }, wanted);
+            if number < 99_990 {
+                queue.remove(&Key { disk: 0, offset: 0, number });
+            }
+        }
+        assert!(queue.by_number.len() <= SKIPPED_MAX + 20, "{}", queue.by_number.len());
+        let job = queue.next_job(BOUNDS).unwrap();
+        assert_eq!(numbers(&job), (99_990..100_000).collect::<Vec<_>>());
+        assert!(queue.is_empty());
     }
 
     proptest! {
