@@ -24,6 +24,7 @@ mod session;
 mod settle;
 mod signals;
 mod status;
+mod strangers;
 mod summary;
 mod tls;
 mod watch;
