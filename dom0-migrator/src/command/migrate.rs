@@ -211,7 +211,7 @@ fn migrate(
         }
     };
     // From here on the helper talks to the guest.
-    asked.map(AskedForLists::hand_over);
+    asked.into_iter().for_each(AskedForLists::hand_over);
     let process = Process::of(xl.pid());
     record.amend(|content| content.xl = process)?;
     let mut run = Run { xl, helper, observer, link: &mut link, record: &mut record, seen: Seen::default() };
