@@ -251,7 +251,12 @@ impl Run<'_> {
         match happening {
             Happening::Source(FromSource::Given) => self.take_over()?,
             Happening::Source(FromSource::GaveUp) => self.give_up("the source gave up", GRACE)?,
-            Happening::Source(FromSource::Start { .. } | FromSource::Ask { .. }) => {
+            Happening::Source(
+                FromSource::Start { .. }
+                | FromSource::Ask { .. }
+                | FromSource::Check(_)
+                | FromSource::Examine(_),
+            ) => {
                 self.give_up("the source said something out of turn", GRACE)?;
             }
             Happening::SourceGone => self.give_up("the connection to the source is gone", GRACE)?,

@@ -213,6 +213,12 @@ impl ReferenceMap {
         Cursor { segments: if self.sealed { &self.segments } else { &[] }, at: usize::MAX }
     }
 
+    /// So many of the listed pages at most, spread over the runs: to look at some of them.
+    pub fn some(&self, count: usize) -> Vec<Pfn> {
+        let step = self.segments.len().div_ceil(count.max(1)).max(1);
+        self.segments.iter().step_by(step).map(|segment| Pfn(segment.pfn() + segment.pages() / 2)).collect()
+    }
+
     /// Pages in a list; exact once sealed, duplicates counted before.
     pub fn pages(&self, list: ListKind) -> u64 {
         match list {

@@ -127,13 +127,13 @@ fn complete(channel: &Channel, result: &Result<(), HelperError>) -> Result<(), C
 }
 
 /// The libraries of the running Xen, opened.
-struct Libraries {
-    control: Control,
-    guest: Guest,
+pub(crate) struct Libraries {
+    pub(crate) control: Control,
+    pub(crate) guest: Guest,
 }
 
 impl Libraries {
-    fn open(sink: Arc<dyn Sink>) -> Result<Self, HelperError> {
+    pub(crate) fn open(sink: Arc<dyn Sink>) -> Result<Self, HelperError> {
         let release = Release::running()?;
         let guest = Guest::load(release, release.restore_abi()?)?;
         Ok(Self { control: Control::open(release, Logger::new(sink))?, guest })

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 
 use super::machine::Machine;
 use super::run_dir::{Record, living};
-use super::{GuestSize, Host, Lab, Options, frozen};
+use super::{Flavour, GuestSize, Host, Lab, Options, frozen};
 use crate::deployment::Deployment;
 use crate::setup;
 
@@ -33,6 +33,9 @@ pub struct Args {
 enum Command {
     /// Raise the lab and keep it until Ctrl-C or `lab down`; builds it first if need be
     Up {
+        /// What kind of guest, and so which hosts
+        #[arg(long, value_enum, default_value_t, value_name = "KIND")]
+        guest: Flavour,
         /// Put Poolskip into it: the migrator into both hosts, the module and the probe into the guest
         #[arg(long)]
         install: bool,
@@ -72,6 +75,9 @@ enum Command {
     Down,
     /// Build the warmed lab and freeze it into the cache, so that it can be resumed in seconds
     Build {
+        /// What kind of guest, and so which hosts
+        #[arg(long, value_enum, default_value_t, value_name = "KIND")]
+        guest: Flavour,
         /// Even if the cache has it
         #[arg(long)]
         rebuild: bool,
@@ -94,8 +100,8 @@ enum Which {
 /// When it cannot be done.
 pub fn run(args: &Args) -> Result<()> {
     match &args.command {
-        Command::Up { install, guest_memory, guest_pool } => {
-            up(*install, GuestSize::new(*guest_memory, *guest_pool)?)
+        Command::Up { guest, install, guest_memory, guest_pool } => {
+            up(*guest, *install, GuestSize::new(*guest_memory, *guest_pool)?)
         }
         Command::Put { machine: which, file, path } => {
             // Whatever runs there under that name keeps the file that it has.
@@ -108,18 +114,18 @@ pub fn run(args: &Args) -> Result<()> {
         }
         Command::Console { machine } => console(args.pid, *machine),
         Command::Down => down(args.pid),
-        Command::Build { rebuild } => {
+        Command::Build { guest, rebuild } => {
             setup::ensure()?;
-            let frozen = frozen::get(*rebuild, GuestSize::default())?;
+            let frozen = frozen::get(*rebuild, *guest, GuestSize::default())?;
             println!("{}", frozen.dir().display());
             Ok(())
         }
     }
 }
 
-fn up(install: bool, guest: GuestSize) -> Result<()> {
-    let deployment = install.then(Deployment::build).transpose()?;
-    let mut lab = Lab::warm(&Options { guest, ..Options::default() })?;
+fn up(flavour: Flavour, install: bool, guest: GuestSize) -> Result<()> {
+    let deployment = install.then(|| Deployment::build(flavour)).transpose()?;
+    let mut lab = Lab::warm(&Options { flavour, guest, ..Options::default() })?;
     if let Some(deployment) = deployment {
         deployment.install(&lab)?;
         deployment.start_probe(&lab, "")?;

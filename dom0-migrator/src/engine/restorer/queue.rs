@@ -194,6 +194,19 @@ mod tests {
         assert_eq!(taken, [(16..32).collect::<Vec<_>>(), (32..40).collect()]);
     }
 
+    /// A source that replaces its references faster than disks are read takes no memory by it.
+    #[test]
+    fn what_is_replaced_over_and_over_takes_no_memory() {
+        let mut queue = Queue::default();
+        let wanted = Wanted { pfn: 7, hash: [0; 16] };
+        for number in 0..100_000 {
+            let key = Key { disk: 0, offset: 0, number };
+            runs(std::iter::once((key, wanted)), BOUNDS).into_iter().for_each(|run| queue.push(run));
+            assert!(number >= 99_990 || queue.remove(&key).is_some());
+        }
+        assert_eq!((queue.by_number.len(), queue.by_place.len()), (10, 10));
+    }
+
     proptest! {
         #[test]
         fn every_reference_is_taken_once_and_reads_keep_their_bounds(

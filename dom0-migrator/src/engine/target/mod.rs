@@ -83,9 +83,8 @@ impl TargetFilter {
         let side = side.map(|fd| Side::start(fd, &config)).transpose().map_err(EngineError::Start)?;
         let sayings = side.as_ref().map(|side| side.sayings.clone());
         let outlet = Outlet::start("target-outlet", BEHIND, Output::new(to_restore), move |saying| {
-            // A side channel that is lost is noticed by the filter.
             if let Some(sayings) = &sayings {
-                let _ = sayings.send(saying);
+                sayings.say(saying);
             }
         })
         .map_err(EngineError::Start)?;
