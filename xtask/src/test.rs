@@ -61,7 +61,7 @@ impl Part {
     /// Its cases in a lab.
     fn cases(self) -> &'static [bed::Case] {
         match self {
-            Self::Lint | Self::Native | Self::Module | Self::Volume => &[],
+            Self::Lint | Self::Native | Self::Package | Self::Module | Self::Volume => &[],
             Self::Lab => &lab_cases::CASES,
             Self::Pvh => &pvh_cases::CASES,
         }
