@@ -132,7 +132,7 @@ fn words(line: &str) -> Vec<String> {
 }
 
 /// The definition of the program that words call, and its own words.
-fn called<'a>(words: &'a [String]) -> Option<(Command, &'a [String])> {
+fn called(words: &[String]) -> Option<(Command, &[String])> {
     programs().into_iter().find_map(|(name, command)| {
         let (head, rest) = words.split_at_checked(name.len())?;
         (head == name).then_some((command, rest))
@@ -152,7 +152,7 @@ fn every_command_that_is_shown_is_understood() {
             match called(&all) {
                 Some((definition, rest)) => {
                     seen += 1;
-                    let name = vec!["program".to_owned()];
+                    let name = ["program".to_owned()];
                     if let Err(error) =
                         definition.no_binary_name(false).try_get_matches_from(name.iter().chain(rest))
                     {

@@ -183,6 +183,9 @@ fn migrate(
     if let Some(why) = &link.one_because {
         tracing::warn!("the stream goes over one connection, as it is: {why}");
     }
+    let asked = (helper == HelperKind::Poolskip && !options.no_references)
+        .then(|| AskedForLists::ask(&domain))
+        .flatten();
     let listener = Arc::new(Listener::bind()?);
     let order = Order {
         socket: true,
@@ -190,6 +193,7 @@ fn migrate(
         wait_lists_seconds: options.wait_lists.unwrap_or(configuration.wait_lists),
         debug: options.debug,
         limits: Limits { max_downtime_ms: options.max_downtime, on_stall: options.on_stall },
+        asked: asked.as_ref().map(|asked| asked.request),
         ..Order::default()
     };
     serve(&listener, &link, order, tell).map_err(system("handoff"))?;
@@ -206,6 +210,8 @@ fn migrate(
             return Err(system("xl migrate")(error));
         }
     };
+    // From here on the helper talks to the guest.
+    asked.into_iter().for_each(AskedForLists::hand_over);
     let process = Process::of(xl.pid());
     record.amend(|content| content.xl = process)?;
     let mut run = Run { xl, helper, observer, link: &mut link, record: &mut record, seen: Seen::default() };
@@ -276,6 +282,38 @@ fn finish(record: &mut Record<SourceState>, transport: &Transport) -> Result<Sou
         let content = record.content();
         link::ask(&content.peer, &content.id, &content.domain, transport)
     })
+}
+
+/// A guest that makes its lists while xl starts. Told that it is over when this is dropped.
+struct AskedForLists<'a> {
+    domain: &'a Domain,
+    request: u64,
+    handed_over: bool,
+}
+
+impl<'a> AskedForLists<'a> {
+    /// Asks; what goes wrong the helper meets again, and says.
+    fn ask(domain: &'a Domain) -> Option<Self> {
+        let mut requester = Requester::new(Xenstore::open().ok()?, domain.id);
+        let request = requester
+            .request()
+            .inspect_err(|error| tracing::debug!(%error, "the helper will ask for the lists"))
+            .ok()?;
+        Some(Self { domain, request, handed_over: false })
+    }
+
+    /// Somebody else talks to the guest now.
+    fn hand_over(mut self) {
+        self.handed_over = true;
+    }
+}
+
+impl Drop for AskedForLists<'_> {
+    fn drop(&mut self) {
+        if !self.handed_over {
+            tell_guest(self.domain);
+        }
+    }
 }
 
 /// Tells the guest that its migration is over.

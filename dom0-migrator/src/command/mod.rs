@@ -31,6 +31,7 @@ mod session;
 mod settle;
 mod signals;
 mod status;
+mod strangers;
 mod summary;
 mod tls;
 mod toolstack;

@@ -3,7 +3,8 @@
 //! What holds after a migration: either the domain runs here, or nothing of it is left here, a half-received
 //! `NAME--incoming` included. The daemon goes on after a failed one. What an earlier one left that was killed is settled first.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
+use std::collections::btree_map::{BTreeMap, Entry};
 use std::io::{self, BufReader};
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
@@ -23,6 +24,7 @@ use super::listening::Listening;
 use super::pump;
 use super::session::{self, Happening, Session};
 use super::settle;
+use super::strangers::{Stranger, Strangers};
 use super::tls::Deadlined;
 use super::{EXIT_FAILED, EXIT_MIGRATED, EXIT_NOT_BEGUN, Receive, connection, doctor, signals};
 use crate::control::{
@@ -47,8 +49,8 @@ const PARTNERS: Duration = Duration::from_secs(30);
 const QUESTION: Duration = Duration::from_secs(25);
 /// How long the end waits for what is still to be sent.
 const LAST_WORDS: Duration = Duration::from_secs(5);
-/// Connections that are attended to at once; more are closed.
-const CONNECTIONS_MAX: usize = 64;
+/// Migrations and questions that are attended to at once; more are refused.
+const CONVERSATIONS_MAX: usize = 64;
 /// Longest name of a domain that is accepted.
 const NAME_MAX: usize = 256;
 
@@ -94,6 +96,8 @@ enum ReceiveError {
     Unknown { id: Token, name: String },
     #[error("it is not decided yet; ask again")]
     Undecided,
+    #[error("{CONVERSATIONS_MAX} migrations and questions are attended to already; try again later")]
+    Full,
 }
 
 fn system(what: &'static str) -> impl FnOnce(io::Error) -> ReceiveError {
@@ -113,7 +117,8 @@ struct Shared {
     /// The sessions of now, for whoever asks about one.
     running: Mutex<BTreeMap<Token, Sender<Happening>>>,
     names: Mutex<BTreeSet<String>>,
-    connections: AtomicUsize,
+    strangers: Arc<Strangers>,
+    conversations: AtomicUsize,
     sessions: AtomicUsize,
     ending: AtomicBool,
     finished: Mutex<Option<bool>>,
@@ -149,7 +154,8 @@ pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
         waiting: Mutex::default(),
         running: Mutex::default(),
         names: Mutex::default(),
-        connections: AtomicUsize::new(0),
+        strangers: Arc::default(),
+        conversations: AtomicUsize::new(0),
         sessions: AtomicUsize::new(0),
         ending: AtomicBool::new(false),
         finished: Mutex::default(),
@@ -211,39 +217,59 @@ fn settle_all(records: &Records, name: Option<&str>) {
 fn accept(listening: &Listening, shared: &Arc<Shared>) {
     let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::MAX);
     let Some((stream, from)) = listening.accept(timeout) else { return };
-    if shared.connections.fetch_add(1, Ordering::AcqRel) >= CONNECTIONS_MAX {
-        shared.connections.fetch_sub(1, Ordering::AcqRel);
-        tracing::warn!(%from, "too many connections, one is closed");
-        return;
-    }
+    let stranger = match shared.strangers.admit(&stream) {
+        Ok((stranger, one_went)) => {
+            if one_went {
+                tracing::debug!("too many connections that say nothing, the oldest is closed");
+            }
+            stranger
+        }
+        Err(error) => {
+            tracing::warn!(%from, %error, "a connection came to nothing");
+            return;
+        }
+    };
     let shared = shared.clone();
     std::thread::spawn(move || {
-        if let Err(error) = greet(stream, from, &shared) {
+        if let Err(error) = greet(stream, from, stranger, &shared) {
             tracing::warn!(%from, %error, "a connection came to nothing");
         }
-        shared.connections.fetch_sub(1, Ordering::AcqRel);
     });
 }
 
 /// Reads a connection's first line and sends it where it belongs.
-fn greet(stream: TcpStream, from: SocketAddr, shared: &Arc<Shared>) -> Result<(), ReceiveError> {
+fn greet(
+    stream: TcpStream,
+    from: SocketAddr,
+    stranger: Stranger,
+    shared: &Arc<Shared>,
+) -> Result<(), ReceiveError> {
     let here = stream.local_addr().is_ok_and(|here| here.ip() == from.ip());
     let mut wire = shared.transport.accept(stream).map_err(system("refused"))?;
     wire.socket.set_write_timeout(Some(GREETING)).map_err(system("connection"))?;
     // All of it has its time, not each byte: a peer that dawdles holds nobody up.
     let mut timed = Deadlined { stream: &wire.socket, until: Instant::now() + GREETING };
     let greeting = control::read_greeting(&mut timed)?;
+    drop(stranger);
     if greeting.poolskip != VERSION {
         let error = ReceiveError::Version(greeting.poolskip);
         if greeting.connection == Connection::Control {
-            let refused = FromTarget::Refused { reason: error.to_string() };
-            control::write_line(&mut wire.socket, &refused)?;
+            return refuse(&mut wire, error);
         }
         return Err(error);
     }
     match greeting.connection {
         Connection::Probe => answer::take_link(&mut wire.socket).map_err(system("a link that is tried out")),
-        Connection::Control => converse(wire, from, here, &greeting.token, shared),
+        Connection::Control => {
+            let others = shared.conversations.fetch_add(1, Ordering::AcqRel);
+            let done = if others < CONVERSATIONS_MAX {
+                converse(wire, from, here, &greeting.token, shared)
+            } else {
+                refuse(&mut wire, ReceiveError::Full)
+            };
+            shared.conversations.fetch_sub(1, Ordering::AcqRel);
+            done
+        }
         other => {
             wire.socket.set_read_timeout(None).map_err(system("connection"))?;
             wire.socket.set_write_timeout(None).map_err(system("connection"))?;
@@ -254,6 +280,12 @@ fn greet(stream: TcpStream, from: SocketAddr, shared: &Arc<Shared>) -> Result<()
             Ok(())
         }
     }
+}
+
+/// Says no, and why.
+fn refuse(wire: &mut Wire, why: ReceiveError) -> Result<(), ReceiveError> {
+    control::write_line(&mut wire.socket, &FromTarget::Refused { reason: why.to_string() })?;
+    Err(why)
 }
 
 /// A control connection: a migration, or a question.
@@ -297,11 +329,16 @@ fn converse(
         }
         FromSource::Given | FromSource::GaveUp => return Err(ReceiveError::NoStart),
     };
-    shared.sessions.fetch_add(1, Ordering::AcqRel);
     let (partner, partners) = channel();
-    lock(&shared.waiting).insert(token.clone(), partner);
     let (tell, happenings) = channel();
-    lock(&shared.running).insert(token.clone(), tell.clone());
+    // Whoever says a token again, by mistake or to do harm, changes nothing for the migration that has it.
+    if let Entry::Vacant(place) = lock(&shared.running).entry(token.clone()) {
+        place.insert(tell.clone());
+    } else {
+        return refuse(&mut wire, RecordError::Busy { id: token.clone() }.into());
+    }
+    lock(&shared.waiting).insert(token.clone(), partner);
+    shared.sessions.fetch_add(1, Ordering::AcqRel);
     let done = Claim::new(&domain, here, shared).and_then(|claim| {
         has(&needs)?;
         let record = shared.records.begin(token, TargetState::Receiving, &domain, None, &from.to_string())?;
@@ -340,10 +377,7 @@ fn converse(
                 }
             }
         }
-        Err(error) => {
-            let refused = FromTarget::Refused { reason: error.to_string() };
-            control::write_line(&mut wire.socket, &refused).map_err(ReceiveError::from).and(Err(error))
-        }
+        Err(error) => refuse(&mut wire, error),
     };
     lock(&shared.waiting).remove(token);
     lock(&shared.running).remove(token);

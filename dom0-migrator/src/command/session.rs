@@ -391,12 +391,13 @@ fn attend(
         return Err(HandoffError::Closed("its hello"));
     };
     *lock(&heard.domain) = domain;
-    if let Err(error) = lock(record).amend(|content| content.domain_id = domain) {
-        tracing::warn!(%error, "the domain's number is not in the record");
-    }
     let own_disks = lock(&heard.disks).clone();
     peer.order(&Order { socket: side.is_some(), own_disks, ..order.clone() }, side.as_ref())?;
     drop(side);
+    // After the order: it takes the disk's time, and until then the record has the name.
+    if let Err(error) = lock(record).amend(|content| content.domain_id = domain) {
+        tracing::warn!(%error, "the domain's number is not in the record");
+    }
     while let Some(event) = peer.hear()? {
         if let Event::Restored(report) = event {
             *lock(&heard.restored) = Some(*report);

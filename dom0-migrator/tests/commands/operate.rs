@@ -17,10 +17,11 @@ fn passed(host: &Host, descriptor: RawFd, arguments: &str) -> Command {
         .envs(inner.get_envs().filter_map(|(key, value)| Some((key, value?))))
         .stderr(Stdio::piped());
     let pass = move || {
-        // SAFETY: plain system calls with integers; dup2 leaves the copy open across exec.
         let done = if descriptor == 3 {
+            // SAFETY: a plain system call with integers.
             unsafe { libc::fcntl(3, libc::F_SETFD, 0) }
         } else {
+            // SAFETY: the same; the copy stays open across exec.
             unsafe { libc::dup2(descriptor, 3) }
         };
         if done < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }

@@ -71,6 +71,7 @@ migrate-receive)
     echo "migration target: Transfer complete, requesting permission to start domain." >&2
     fault target-holds-ready && hold
     fault target-says-nonsense && { echo "hello"; exec sleep 1000; }
+    fault target-waits-for-word && while [ ! -e "$XS/../go-on" ]; do [ -d "$XS" ] || exit 1; sleep 0.05; done
     printf '%s\0' "$ready"
     fault target-dies-ready && kill -KILL $$
     if read -r -d '' said && [ "$said" = "$go" ]; then

@@ -225,8 +225,8 @@ impl<'a> GuestView<'a> {
         report: &mut CheckReport,
     ) -> Result<Option<Self>, StoreError> {
         let mut requester = Requester::new(Xenstore::open()?, domain.id);
-        let map = match lists::take(&mut requester, &libraries.control, &libraries.guest, domain.id, patience)
-        {
+        let Libraries { control, guest, .. } = libraries;
+        let map = match lists::take(&mut requester, control, guest, domain.id, None, patience) {
             Ok(lists) => {
                 report.pages_listed = Some(lists.report.pages_listed);
                 Some(lists.map)
