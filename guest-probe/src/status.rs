@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use enlightenment::device::Stats;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -47,6 +48,44 @@ pub struct Status {
     pub peak_memory_bytes: u64,
     /// Hints made wrong on purpose (`run --wrong-hints`).
     pub hints_made_wrong: u64,
+    /// The kernel module's counters; none when it does not tell them.
+    pub module: Option<ModuleStatus>,
+}
+
+/// What the kernel module has counted since it was loaded ([`enlightenment::device::Stats`]).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleStatus {
+    /// Whether dom0 can find the lists.
+    pub announced: bool,
+    /// Whether dom0 has said that a migration has begun, and not yet that it has ended.
+    pub migrating: bool,
+    /// Requests that came from dom0.
+    pub requests: u64,
+    /// Signals to dom0.
+    pub signals: u64,
+    /// Generations and withdrawals that dom0 was not told of during a migration.
+    pub untold: u64,
+    /// Calls that published something.
+    pub calls: u64,
+    /// Generations published.
+    pub generations: u64,
+    /// Pages of the guest that hold lists now.
+    pub list_pages: u64,
+}
+
+impl From<Stats> for ModuleStatus {
+    fn from(stats: Stats) -> Self {
+        Self {
+            announced: stats.xen == 1,
+            migrating: stats.migrating == 1,
+            requests: stats.requests,
+            signals: stats.signals,
+            untold: stats.untold,
+            calls: stats.calls,
+            generations: stats.generations,
+            list_pages: stats.list_pages,
+        }
+    }
 }
 
 /// A server that is probed.

@@ -5,14 +5,20 @@ mod bench;
 mod build;
 mod cache;
 mod cpio;
+mod debian_root;
 mod demo;
+mod deploy;
 mod deployment;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
+mod docs;
 mod ending;
 mod lab;
 mod mariadb;
 mod migration;
 mod module_test;
 mod mysql;
+mod package;
 mod plot;
 mod proof;
 mod setup;
@@ -43,6 +49,10 @@ enum Command {
     Demo(demo::Args),
     /// Measure speed, memory and bytes against a baseline of the same run
     Bench(bench::Args),
+    /// Install Poolskip on a guest and its hosts over ssh, with a plan first, or remove it
+    Deploy(deploy::Args),
+    /// Make Debian packages for guests and hosts, and a tarball, in target/package
+    Package(package::Args),
     /// Run all tests
     Test(test::Args),
 }
@@ -54,6 +64,8 @@ fn main() -> anyhow::Result<()> {
         Command::Lab(args) => lab::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Deploy(args) => deploy::run(&args),
+        Command::Package(args) => package::run(&args),
         Command::Test(args) => test::run(&args),
     }
 }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::cpio::Archive;
 use crate::deployment::{cargo, target_directory};
-use crate::lab::Kernel;
+use crate::lab::{Flavour, Kernel};
 use crate::module_test::{judge, machine};
 use crate::step::{run as run_program, step};
 
@@ -31,7 +31,7 @@ const PARTITION_START: u64 = 4104;
 /// When a case fails, or the machine does not come to the end of the test.
 pub fn run() -> Result<()> {
     let program = step("volume test's program", build_program)?;
-    let kernel = Kernel::guest()?;
+    let kernel = Kernel::of(Flavour::default().suite())?;
     let (image, modules) = (kernel.image()?, kernel.modules()?);
     let work = tempfile::tempdir().context("cannot make a temporary directory")?;
     let disks = [work.path().join("one.img"), work.path().join("two.img")];

@@ -3,6 +3,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 
+mod check;
+mod connections;
+mod operate;
 mod xenstored;
 
 use std::fs;
@@ -15,6 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dom0_migrator::command::{EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MIGRATED, EXIT_NOT_BEGUN, EXIT_UNDEFINED};
+use dom0_migrator::control::VERSION;
 use dom0_migrator::report_file;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -532,7 +536,8 @@ fn a_sender_killed_before_the_hand_over_is_taken_back() {
     assert_eq!((code, said.contains("runs on this host")), (0, true), "{said}");
     wait_until("the target's end", || target.domains().is_empty());
     runs_only_at(&source, &target);
-    assert_eq!(target.records("list"), [("removed".into(), false)]);
+    // The domain is gone before the record says so.
+    wait_until("the target's record", || target.records("list") == [("removed".into(), false)]);
     assert_eq!(source.run(&["resolve"]).1.trim(), "nothing to resolve here");
 }
 
@@ -640,6 +645,100 @@ fn a_peer_that_says_nothing_or_nonsense_holds_nobody_up() {
     source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
     runs_only_at(&target, &source);
     drop(silent);
+}
+
+/// Connections that say nothing, more of them than there are places, before and after a handshake would be.
+#[test]
+fn silent_strangers_give_way_however_many_they_are() {
+    let (_all, own) = certificates();
+    for secure in [false, true] {
+        let (mut source, mut target) = pair();
+        if secure {
+            (source, target) = (source.with_certificates(&own), target.with_certificates(&own));
+        }
+        let receiver = target.receive("", &[]);
+        let connect = || std::net::TcpStream::connect(&receiver.address).unwrap();
+        let silent: Vec<_> = (0..200).map(|_| connect()).collect();
+        source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
+        runs_only_at(&target, &source);
+        drop(silent);
+    }
+}
+
+/// A connection of its own that says these lines; what it is answered, up to its end.
+fn say(address: &str, lines: &[serde_json::Value]) -> String {
+    let mut connection = std::net::TcpStream::connect(address).unwrap();
+    for line in lines {
+        std::io::Write::write_all(&mut connection, format!("{line}\n").as_bytes()).unwrap();
+    }
+    let mut said = String::new();
+    // One that is closed while something is unread ends with an error.
+    let _ = std::io::Read::read_to_string(&mut connection, &mut said);
+    said
+}
+
+/// What somebody who has listened may say again on a plain network: it is refused, and what it was said of first is not disturbed.
+#[test]
+fn what_is_said_again_is_refused_and_disturbs_nothing() {
+    let (source, target) = pair();
+    let receiver = target.receive("target-waits-for-word", &[]);
+    let migrating = source.start_migrate("", "db1", &receiver.address);
+    let records = target.directory.path().join("migrations");
+    let token = || {
+        let names = fs::read_dir(&records).into_iter().flatten().flatten();
+        let mut names = names.filter_map(|entry| entry.file_name().into_string().ok());
+        names.find_map(|name| name.strip_suffix("-target.json").map(str::to_owned))
+    };
+    wait_until("the record", || token().is_some());
+    let token = token().unwrap();
+    let greeting = serde_json::json!({"poolskip": VERSION, "connection": "control", "token": token});
+    let start = serde_json::json!({"start": {"domain": "db2", "helper": "stock", "stream_version": 1, "debug": false}});
+    let again = [greeting, start];
+    // While it runs, and after.
+    let said = say(&receiver.address, &again);
+    assert!(said.contains("refused") && said.contains(&token), "{said}");
+    fs::write(target.directory.path().join("go-on"), "").unwrap();
+    migrating.wait().expect(EXIT_MIGRATED, "migrated");
+    let said = say(&receiver.address, &again);
+    assert!(said.contains("refused") && said.contains(&token), "{said}");
+    runs_only_at(&target, &source);
+    // Its other connections lead nowhere either.
+    for connection in ["stream", "side"] {
+        let greeting = serde_json::json!({"poolskip": VERSION, "connection": connection, "token": token});
+        assert_eq!(say(&receiver.address, &[greeting]), "");
+    }
+    assert_eq!(target.records("list"), [("running".to_owned(), false)]);
+}
+
+/// A peer of another version, or one that would have it without a certificate, is told so and goes.
+#[test]
+fn nothing_is_agreed_on_that_is_less_than_what_was_asked_for() {
+    let (_all, own) = certificates();
+    let (plain, secure) = (Host::new(), Host::new().with_certificates(&own));
+    let (plain, secure) = (plain.receive("", &[]), secure.receive("", &[]));
+    let greeting = |version: u32| serde_json::json!({"poolskip": version, "connection": "control", "token": "0".repeat(32)});
+    for version in [0, VERSION - 1, VERSION + 1, u32::MAX] {
+        let said = say(&plain.address, &[greeting(version)]);
+        assert!(said.contains("refused") && said.contains("use the same release"), "{version}: {said:?}");
+    }
+    // No greeting is heard where there was no handshake, and none is answered in the clear but by TLS's own alert.
+    let said = say(&secure.address, &[greeting(VERSION)]);
+    assert!(!said.contains("refused"), "{said:?}");
+    wait_until("the line", || secure.said.lock().unwrap().contains("refused"));
+    // TLS 1.2 is not spoken: a ClientHello of it is answered by the alert protocol_version (70).
+    let mut old = std::net::TcpStream::connect(&secure.address).unwrap();
+    let mut hello = vec![3, 3];
+    hello.extend([7; 32]);
+    // No session; one cipher suite of 1.2 (ECDHE-ECDSA-AES128-GCM-SHA256); no compression; no extensions.
+    hello.extend([0, 0, 2, 0xc0, 0x2b, 1, 0]);
+    let length = hello.len() as u8;
+    let mut record = vec![0x16, 3, 1, 0, length + 4, 1, 0, 0, length];
+    record.extend(hello);
+    std::io::Write::write_all(&mut old, &record).unwrap();
+    let mut answer = Vec::new();
+    let _ = std::io::Read::read_to_end(&mut old, &mut answer);
+    assert_eq!(answer.first(), Some(&0x15), "an alert: {answer:?}");
+    assert_eq!(answer.get(5), Some(&2), "a fatal one: {answer:?}");
 }
 
 #[test]

@@ -71,6 +71,7 @@ migrate-receive)
     echo "migration target: Transfer complete, requesting permission to start domain." >&2
     fault target-holds-ready && hold
     fault target-says-nonsense && { echo "hello"; exec sleep 1000; }
+    fault target-waits-for-word && while [ ! -e "$XS/../go-on" ]; do [ -d "$XS" ] || exit 1; sleep 0.05; done
     printf '%s\0' "$ready"
     fault target-dies-ready && kill -KILL $$
     if read -r -d '' said && [ "$said" = "$go" ]; then
@@ -93,6 +94,12 @@ migrate-receive)
         rm -r "$domains/7"
         printf '%s\0' "$go"
     fi
+    ;;
+info)
+    echo "host                   : a-host"
+    echo "xen_commandline        : placeholder dom0_mem=1024M"
+    echo "total_memory           : 4096"
+    echo "free_memory            : $(cat "$XS/free_memory" 2>/dev/null || echo 2048)"
     ;;
 destroy)
     rm -r "${domains:?}/$2"

@@ -13,7 +13,7 @@ use nix::unistd::Pid;
 
 use super::machine::Machine;
 use super::run_dir::{Record, living};
-use super::{GuestSize, Host, Lab, Options, frozen};
+use super::{Flavour, GuestSize, Host, Lab, Options, frozen};
 use crate::setup;
 
 /// Raise, use and end the lab.
@@ -30,7 +30,11 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Raise the lab and keep it until Ctrl-C or `lab down`; builds it first if need be
-    Up,
+    Up {
+        /// What kind of guest, and so which hosts
+        #[arg(long, value_enum, default_value_t, value_name = "KIND")]
+        guest: Flavour,
+    },
     /// Run a shell command on a machine of the lab that is up
     Run {
         /// Which machine
@@ -51,6 +55,9 @@ enum Command {
     Down,
     /// Build the warmed lab and freeze it into the cache, so that it can be resumed in seconds
     Build {
+        /// What kind of guest, and so which hosts
+        #[arg(long, value_enum, default_value_t, value_name = "KIND")]
+        guest: Flavour,
         /// Even if the cache has it
         #[arg(long)]
         rebuild: bool,
@@ -73,23 +80,23 @@ enum Which {
 /// When it cannot be done.
 pub fn run(args: &Args) -> Result<()> {
     match &args.command {
-        Command::Up => up(),
+        Command::Up { guest } => up(*guest),
         Command::Run { machine, timeout, command } => {
             run_command(args.pid, *machine, &command.join(" "), Duration::from_secs(*timeout))
         }
         Command::Console { machine } => console(args.pid, *machine),
         Command::Down => down(args.pid),
-        Command::Build { rebuild } => {
+        Command::Build { guest, rebuild } => {
             setup::ensure()?;
-            let frozen = frozen::get(*rebuild, GuestSize::default())?;
+            let frozen = frozen::get(*rebuild, *guest, GuestSize::default())?;
             println!("{}", frozen.dir().display());
             Ok(())
         }
     }
 }
 
-fn up() -> Result<()> {
-    let mut lab = Lab::warm(&Options::default())?;
+fn up(flavour: Flavour) -> Result<()> {
+    let mut lab = Lab::warm(&Options { flavour, ..Options::default() })?;
     lab.announce(true)?;
     println!("{}\nCtrl-C ends it.", lab.describe());
     loop {

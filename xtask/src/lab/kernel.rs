@@ -9,7 +9,7 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result, bail, ensure};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
-use super::dom0::SUITE;
+use super::Flavour;
 use super::modules::Modules;
 use crate::apt::{Area, Package, unpack};
 use crate::cache::{self, Key};
@@ -59,14 +59,6 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel of the lab's guest.
-    ///
-    /// # Errors
-    /// Those of [`Self::of`].
-    pub fn guest() -> Result<Self> {
-        Self::of(SUITE)
-    }
-
     /// The newest kernel of a suite, with its root; fetched on first use and kept in the cache under the versions of all packages.
     ///
     /// # Errors
@@ -120,7 +112,8 @@ impl Kernel {
     /// # Errors
     /// Those of [`Self::image`], and when this is another suite's kernel.
     pub fn modules(&self) -> Result<PathBuf> {
-        ensure!(self.suite == SUITE, "modules are kept of Debian {SUITE}'s kernel alone");
+        let kept = Flavour::default().suite();
+        ensure!(self.suite == kept, "modules are kept of Debian {kept}'s kernel alone");
         Ok(self.image_directory()?.join(MODULES))
     }
 
@@ -136,7 +129,7 @@ impl Kernel {
         cache::get_or_make("kernel-image", key, |dir| {
             let root = dir.join("root");
             unpack(&area.download(&packages)?, &root)?;
-            if self.suite == SUITE {
+            if self.suite == Flavour::default().suite() {
                 // Of this kernel's own suite, and with nothing of what it looks at unpacked elsewhere.
                 self.run_inside(&root, &["depmod", "-b", &format!("/{WORK}"), &self.release])?;
                 let from = root.join("lib/modules").join(&self.release);

@@ -4,6 +4,8 @@ use std::io::Read as _;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -26,6 +28,34 @@ pub(super) struct Agreed {
     pub(super) summaries: Vec<DiskSummary>,
 }
 
+/// What is to be said and was not yet, in verdicts and answers: a source that does not read what it asked for is given up beyond this.
+#[derive(Debug)]
+struct Unsaid {
+    now: AtomicUsize,
+    most: usize,
+}
+
+/// Where the filter says things.
+#[derive(Clone, Debug)]
+pub(super) struct Sayings {
+    sender: Sender<Saying>,
+    unsaid: Arc<Unsaid>,
+    socket: Arc<UnixStream>,
+}
+
+impl Sayings {
+    /// Says something. A side channel that is lost is noticed elsewhere.
+    pub(super) fn say(&self, saying: Saying) {
+        let count = saying.count();
+        if self.unsaid.now.fetch_add(count, Ordering::AcqRel) + count > self.unsaid.most {
+            tracing::warn!(most = self.unsaid.most, "the source does not read what it asked for");
+            let _ = self.socket.shutdown(Shutdown::Both);
+            return;
+        }
+        let _ = self.sender.send(saying);
+    }
+}
+
 /// One verdict.
 pub(super) type Verdict = (u64, Result<(), Refusal>);
 
@@ -36,11 +66,20 @@ pub(super) enum Saying {
     Synced(u64),
 }
 
+impl Saying {
+    fn count(&self) -> usize {
+        match self {
+            Self::Verdicts(verdicts) => verdicts.len(),
+            Self::Synced(_) => 1,
+        }
+    }
+}
+
 /// The side channel's threads.
 #[derive(Debug)]
 pub(super) struct Side {
     pub(super) agreed: Receiver<Agreed>,
-    pub(super) sayings: Sender<Saying>,
+    pub(super) sayings: Sayings,
     /// Has something in it once it is lost, or the source is done with it.
     pub(super) lost: Receiver<()>,
     pub(super) socket: UnixStream,
@@ -52,13 +91,17 @@ impl Side {
         let socket = UnixStream::from(fd);
         let serving = socket.try_clone()?;
         let (agreed_tx, agreed) = bounded(1);
-        // Not more verdicts than references are outstanding, which the hello has bounded.
-        let (sayings, sayings_rx) = unbounded();
+        // Bounded by `Unsaid`: a reference that is refused at once may be followed by another one for the same page, so that verdicts may be
+        // more than references that are outstanding.
+        let (sender, sayings_rx) = unbounded();
+        let most = config.max_outstanding as usize * 2 + MAX_VERDICTS;
+        let unsaid = Arc::new(Unsaid { now: AtomicUsize::new(0), most });
+        let sayings = Sayings { sender, unsaid: unsaid.clone(), socket: Arc::new(socket.try_clone()?) };
         // One from the thread that writes, one from the thread that waits for the end.
         let (lost_tx, lost) = bounded(2);
         let config = config.clone();
         std::thread::Builder::new().name("target-side".into()).spawn(move || {
-            if let Err(error) = serve(serving, &config, &agreed_tx, &sayings_rx, &lost_tx) {
+            if let Err(error) = serve(serving, &config, &agreed_tx, (&sayings_rx, &unsaid), &lost_tx) {
                 tracing::warn!(%error, "side channel lost");
             }
             let _ = lost_tx.try_send(());
@@ -81,7 +124,7 @@ fn serve(
     mut socket: UnixStream,
     config: &Config,
     agreed: &Sender<Agreed>,
-    sayings: &Receiver<Saying>,
+    sayings: (&Receiver<Saying>, &Unsaid),
     lost: &Sender<()>,
 ) -> Result<(), SideError> {
     let failed = |what| move |source| SideError::Io { what, source };
@@ -139,7 +182,10 @@ fn open_disk(name: &DiskName, config: &Config) -> Result<Disk, DiskError> {
 }
 
 /// Sends what there is to say until the filter has ended, as many verdicts at once as are there.
-fn write_sayings(socket: &mut UnixStream, sayings: &Receiver<Saying>) -> Result<(), SideError> {
+fn write_sayings(
+    socket: &mut UnixStream,
+    (sayings, unsaid): (&Receiver<Saying>, &Unsaid),
+) -> Result<(), SideError> {
     let mut accepted = Vec::new();
     let mut message = Verdicts::default();
     while let Ok(first) = sayings.recv() {
@@ -148,7 +194,9 @@ fn write_sayings(socket: &mut UnixStream, sayings: &Receiver<Saying>) -> Result<
         // A later sync number says all that an earlier one does, and what was said before it goes before it.
         let mut synced = None;
         let mut some = Some(first);
+        let mut said = 0;
         while let Some(saying) = some {
+            said += saying.count();
             match saying {
                 Saying::Synced(number) => synced = Some(number),
                 Saying::Verdicts(verdicts) => {
@@ -175,6 +223,7 @@ fn write_sayings(socket: &mut UnixStream, sayings: &Receiver<Saying>) -> Result<
         if let Some(number) = synced {
             Report::Synced(number).write(socket)?;
         }
+        unsaid.now.fetch_sub(said, Ordering::AcqRel);
     }
     Ok(())
 }

@@ -25,15 +25,20 @@ fn clean_pages() -> Vec<Sent> {
 }
 
 /// A source filter whose target is the test itself.
-struct LoneSource {
-    save: UnixStream,
-    source: SourceFilter,
-    wire: UnixStream,
-    side: UnixStream,
+pub struct LoneSource {
+    pub save: UnixStream,
+    pub source: SourceFilter,
+    pub wire: UnixStream,
+    pub side: UnixStream,
 }
 
 impl LoneSource {
     fn start(config: Config) -> Self {
+        Self::with_pages(32, config)
+    }
+
+    /// One in whose map so many pages are.
+    pub fn with_pages(pages: u64, config: Config) -> Self {
         let [save, wire, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
         let mut target_side = side.1;
         let answering = std::thread::spawn(move || {
@@ -50,7 +55,7 @@ impl LoneSource {
             from_save: OwnedFd::from(save.1),
             to_wire: OwnedFd::from(wire.0),
             side: Some(OwnedFd::from(side.0)),
-            map: map((0..32).map(|pfn| (pfn, pfn))),
+            map: map((0..pages).map(|pfn| (pfn, pfn))),
             disks: vec![DiskName { vdev: Vdev(XVDA), path: "/disk".into() }],
             config,
         })
@@ -354,6 +359,41 @@ fn a_hostile_source_is_told_what_is_wrong() {
     let mut big_endian = beginning();
     big_endian[17] = 1;
     assert!(matches!(target_says(&big_endian, 8), Err(EngineError::Header(_))));
+}
+
+/// References that are refused at once, for one page again and again, whose verdicts nobody reads: the side channel is given up, and no more is
+/// kept of them.
+#[test]
+fn a_source_that_reads_no_verdicts_is_given_up() {
+    let [wire, restored, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+    let target = TargetFilter::start(TargetParts {
+        from_wire: OwnedFd::from(wire.1),
+        to_restore: OwnedFd::from(restored.0),
+        side: Some(OwnedFd::from(side.1)),
+        config: Config { max_outstanding: 64, ..config() },
+    })
+    .unwrap();
+    let mut source_side = side.0;
+    Hello { key: [1; 32], window_pages: 64, disks: Vec::new() }.write(&mut source_side).unwrap();
+    Answer::read(&mut source_side).unwrap();
+    let mut to_restore = restored.1;
+    let reader = std::thread::spawn(move || to_restore.read_to_end(&mut Vec::new()));
+    let mut from_wire = wire.0;
+    from_wire.write_all(&beginning()).unwrap();
+    let mut first = 0;
+    while !target.stats().side_channel_lost {
+        assert!(first < 50_000_000, "verdicts are kept without end");
+        from_wire.write_all(&references(first, 0..64)).unwrap();
+        first += 64;
+    }
+    // Its pages come all the same.
+    let pages: Vec<_> = (0..64).map(|pfn| Sent::page(pfn, other_page(pfn))).collect();
+    from_wire.write_all(&page_data(&pages)).unwrap();
+    from_wire.write_all(&ending()).unwrap();
+    let summary = target.finish().unwrap();
+    assert_eq!((summary.stats.references_outstanding, summary.stats.references), (0, first));
+    reader.join().unwrap().unwrap();
+    drop(source_side);
 }
 
 #[test]

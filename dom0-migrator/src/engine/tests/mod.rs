@@ -8,3 +8,4 @@ mod interleavings;
 mod journey;
 mod pair;
 mod seen;
+mod storage;

@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use super::figures::Report;
 use crate::cache::{self, Key};
 use crate::deployment::Deployment;
-use crate::lab::GuestSize;
+use crate::lab::{Flavour, GuestSize};
 use crate::workload::{Settings, Workload};
 use bed::LabBed;
 use plan::{Planned, Variant, plan};
@@ -86,7 +86,7 @@ pub trait Bed {
 pub fn run(args: &Args) -> Result<Report> {
     let start = Instant::now();
     let size = GuestSize::new(args.guest_memory, args.guest_pool)?;
-    let deployment = Deployment::build()?;
+    let deployment = Deployment::build(Flavour::Pv)?;
     let load = Settings {
         warehouses: args.warehouses,
         tpcc_percent: args.tpcc_scale,
