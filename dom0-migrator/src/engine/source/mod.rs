@@ -169,6 +169,7 @@ impl SourceFilter {
             config,
             drain: None,
             syncs: (0, 0),
+            verdicts_heard: 0,
             stats: summary.stats.clone(),
             travel: super::travel::Travel::default(),
             bytes_sent: 0,
