@@ -7,6 +7,7 @@ mod cache;
 mod cpio;
 mod demo;
 mod deployment;
+mod fuzz;
 mod lab;
 mod mariadb;
 mod migration;
@@ -41,6 +42,8 @@ enum Command {
     Demo(demo::Args),
     /// Measure speed, memory and bytes against a baseline of the same run
     Bench(bench::Args),
+    /// Run the fuzz targets of every parser of foreign bytes
+    Fuzz(fuzz::Args),
     /// Run all tests
     Test(test::Args),
 }
@@ -52,6 +55,7 @@ fn main() -> anyhow::Result<()> {
         Command::Lab(args) => lab::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Test(args) => test::run(&args),
     }
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
 use crate::step::{run as run_program, step};
-use crate::{mariadb, module_test, mysql, setup};
+use crate::{fuzz, mariadb, module_test, mysql, setup};
 
 /// Run all tests.
 #[derive(clap::Args)]
@@ -41,6 +41,9 @@ enum Part {
     Lint,
     /// Tests of all crates; those of `tests` attach to a real mysqld on this machine
     Native,
+    /// Each fuzz target for a second under libFuzzer; only when it is named, since all has to be built anew for it. `native` replays the
+    /// corpora and tries inputs a little other than those
+    Fuzz,
     /// The kernel module in the kernels of three Debian releases, under QEMU
     Module,
     /// Migrations between the two hosts of the lab
@@ -60,17 +63,19 @@ pub fn run(args: &Args) -> Result<()> {
     if args.soak {
         return soak(args.soak_seconds);
     }
-    let all = [Part::Lint, Part::Native, Part::Module, Part::Lab];
+    let all = [Part::Lint, Part::Native, Part::Fuzz, Part::Module, Part::Lab];
     let mut named = args.parts.clone();
     if args.module {
         named.push(Part::Module);
     }
-    let parts: Vec<Part> = all.into_iter().filter(|part| named.is_empty() || named.contains(part)).collect();
+    let wanted = |part: &Part| if named.is_empty() { *part != Part::Fuzz } else { named.contains(part) };
+    let parts: Vec<Part> = all.into_iter().filter(wanted).collect();
     let (mut passed, mut failed) = (0, Vec::new());
     for part in parts {
         let result = match part {
             Part::Lint => lint(),
             Part::Native => native(),
+            Part::Fuzz => fuzz::smoke(1),
             Part::Module => module_test::boot_test(),
             Part::Lab => lab_cases::run(args.case.as_deref()),
         };

@@ -80,15 +80,23 @@ impl Configuration {
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigurationError> {
         let path = file.unwrap_or(Path::new(FILE));
         match std::fs::read_to_string(path) {
-            Ok(text) => toml::from_str(&text).map_err(|source| ConfigurationError::Malformed {
-                path: path.to_owned(),
-                source: Box::new(source),
-            }),
+            Ok(text) => Self::parse(path, &text),
             Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
                 Ok(Self::default())
             }
             Err(source) => Err(ConfigurationError::Io { path: path.to_owned(), source }),
         }
+    }
+
+    /// Parses the text of the file at `path`.
+    ///
+    /// # Errors
+    /// [`ConfigurationError::Malformed`].
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigurationError> {
+        toml::from_str(text).map_err(|source| ConfigurationError::Malformed {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })
     }
 
     /// How connections are made, with what the command line says on top.

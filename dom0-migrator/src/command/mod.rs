@@ -6,7 +6,7 @@ mod child;
 pub mod configuration;
 mod connection;
 mod domain;
-mod follow;
+pub mod follow;
 mod host;
 mod judge;
 mod link;
@@ -28,7 +28,7 @@ mod strangers;
 mod summary;
 mod tls;
 mod watch;
-mod xl_words;
+pub mod xl_words;
 
 pub use progress::Form as ProgressForm;
 pub use report::Report;

@@ -358,11 +358,21 @@ fn read<S: State>(path: &Path) -> Result<Content<S>, RecordError> {
         return Err(malformed(format!("it has {length} bytes")));
     }
     let bytes = fs::read(path).map_err(io_error("read", path))?;
-    let content: Content<S> = serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
-    if content.version != VERSION || content.side != S::SIDE {
-        return Err(malformed(format!("it is of version {} and of the {}", content.version, content.side)));
+    Content::parse(&bytes).map_err(malformed)
+}
+
+impl<S: State> Content<S> {
+    /// What a record's file says.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let content: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        if content.version != VERSION || content.side != S::SIDE {
+            return Err(format!("it is of version {} and of the {}", content.version, content.side));
+        }
+        Ok(content)
     }
-    Ok(content)
 }
 
 impl<S: State> Record<S>
