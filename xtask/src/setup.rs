@@ -34,6 +34,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("fdisk", "partitions of the lab's disk"),
     ("chromium", "a test looks at the page that `dom0-migrator report` makes"),
     ("fio", "what a disk can do, for `bench reload`"),
+    ("systemd", "systemd-analyze rates the units"),
     ("openssl", "a key to try the kernel module's signature with"),
 ];
 

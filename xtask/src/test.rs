@@ -1,6 +1,9 @@
 //! `cargo xtask test`: everything that must hold, from the sources' form to a migration between two hosts.
 
 mod lab_cases;
+mod licences;
+mod units;
+mod unsafe_code;
 
 use std::process::Command;
 use std::time::Instant;
@@ -109,6 +112,9 @@ fn lint() -> Result<()> {
         ]))
         .map(drop)
     })?;
+    step("licences and sources of all crates", licences::check)?;
+    step("exposure of the units", units::check)?;
+    eprintln!("  {}", unsafe_code::summary()?);
     step("built eBPF object against its sources", ebpf::check)?;
     step("built module core against its sources", module::check)
 }
