@@ -1,5 +1,6 @@
 //! `cargo xtask test`: everything that must hold, from the sources' form to a migration between two hosts.
 
+mod faults;
 mod lab_cases;
 mod licences;
 mod units;
@@ -30,6 +31,12 @@ pub struct Args {
     /// How long the soak takes
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(10..), requires = "soak")]
     soak_seconds: u64,
+    /// Only the fault matrix: prints what comes of each thing that goes wrong in each phase, and holds docs/reliability.md against it
+    #[arg(long, conflicts_with = "parts")]
+    faults: bool,
+    /// Writes the table into docs/reliability.md
+    #[arg(long, requires = "faults")]
+    write_table: bool,
     /// The same as `module`
     #[arg(long)]
     module: bool,
@@ -65,6 +72,9 @@ pub fn run(args: &Args) -> Result<()> {
     setup::ensure()?;
     if args.soak {
         return soak(args.soak_seconds);
+    }
+    if args.faults {
+        return faults::run(args.write_table);
     }
     let all = [Part::Lint, Part::Native, Part::Fuzz, Part::Module, Part::Lab];
     let mut named = args.parts.clone();

@@ -171,6 +171,9 @@ pub fn boot() -> String {
 /// Replaces a file as a whole: after this either the old or the new content is there, and on disk.
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), RecordError> {
     let directory = path.parent().unwrap_or(Path::new("."));
+    #[cfg(test)]
+    crate::engine::fault::point(directory, crate::engine::fault::Point::RecordWrite)
+        .map_err(io_error("write", path))?;
     let mut file = tempfile::NamedTempFile::new_in(directory).map_err(io_error("write beside", path))?;
     file.write_all(bytes).map_err(io_error("write", path))?;
     file.as_file().sync_all().map_err(io_error("flush", path))?;
@@ -190,6 +193,12 @@ impl Records {
             .unwrap_or_else(|| DIRECTORY.into());
         fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
         Ok(Self { directory })
+    }
+
+    /// A directory that is there.
+    #[cfg(test)]
+    pub(crate) fn open_at(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
     }
 
     fn path(&self, id: &Token, side: Side, kind: &str) -> PathBuf {

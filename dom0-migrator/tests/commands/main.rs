@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 
+mod between;
+mod faults;
 mod xenstored;
 
 use std::fs;

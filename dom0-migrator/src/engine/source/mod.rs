@@ -109,6 +109,10 @@ impl SourceFilter {
     pub fn start(parts: SourceParts) -> Result<Self, EngineError> {
         let SourceParts { from_save, to_wire, side, mut map, disks, config } = parts;
         map.seal();
+        #[cfg(test)]
+        if let Some(disk) = disks.first() {
+            super::fault::point(&disk.path, super::fault::Point::SourceStart).map_err(EngineError::Start)?;
+        }
         let (ringer, bell) = bell().map_err(EngineError::Start)?;
         let (requests, requests_rx) = unbounded();
         let aborted = Arc::new(AtomicBool::new(false));
