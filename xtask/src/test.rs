@@ -22,9 +22,9 @@ pub struct Args {
     /// Only these parts; all but `pvh` when none is named
     #[arg(value_enum)]
     parts: Vec<Part>,
-    /// Of the lab's cases, only those with this in their names, or one of several words with commas between
-    #[arg(long, value_name = "TEXT")]
-    case: Option<String>,
+    /// Of the lab's cases, only those with this in their names; may be given more than once
+    #[arg(long = "case", value_name = "TEXT")]
+    cases: Vec<String>,
     /// Only the soak: a real mysqld under load with evictions, resizes and DDL, its listed frames compared with the disk at 50 random stops
     #[arg(long, conflicts_with = "parts")]
     soak: bool,
@@ -89,8 +89,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let is_wanted = |part: &Part| if named.is_empty() { is_default(part) } else { named.contains(part) };
     let parts: Vec<Part> = all.into_iter().filter(is_wanted).collect();
-    if let Some(only) = &args.case {
-        let has_it = |part: &Part| !bed::chosen(part.cases(), Some(only)).is_empty();
+    for only in &args.cases {
+        let has_it = |part: &Part| part.cases().iter().any(|(name, _)| name.contains(only));
         ensure!(parts.iter().any(has_it), "no case of the lab has {only:?} in its name");
     }
     let (mut passed, mut failed) = (0, Vec::new());
@@ -101,8 +101,8 @@ pub fn run(args: &Args) -> Result<()> {
             Part::Package => package::trial::run(),
             Part::Module => module_test::boot_test(),
             Part::Volume => volume_test::run(),
-            Part::Lab => lab_cases::run(args.case.as_deref()),
-            Part::Pvh => pvh_cases::run(args.case.as_deref()),
+            Part::Lab => lab_cases::run(&args.cases),
+            Part::Pvh => pvh_cases::run(&args.cases),
         };
         match result {
             Ok(()) => passed += 1,

@@ -175,6 +175,7 @@ impl SourceFilter {
             drain: None,
             catching_up: None,
             since_fence: SinceFence::default(),
+            placeholders: false,
             syncs: (0, 0),
             stats: summary.stats.clone(),
             travel: super::travel::Travel::default(),
