@@ -1,6 +1,6 @@
 //! What `migrate` and `receive` say to each other.
 //!
-//! Three TCP connections carry one migration. Each begins with one line, the [`Greeting`], whose token says that they belong
+//! Three TCP connections carry one migration, or more when its stream goes over several ([`crate::command`]). Each begins with one line, the [`Greeting`], whose token says that they belong
 //! together; after it, the stream carries what xl and libxl write, and the side channel what the filters of the two helpers
 //! write ([`crate::engine::side_message`]). The control connection carries lines of JSON:
 //!
@@ -25,13 +25,18 @@
 //!   │ ◄─────────── Verdict | Refused ────────│
 //! ```
 //!
+//! `check` asks in the same way: `Check(Inquiry)`, answered by `Checked(Findings)` ([`crate::inquiry`]).
+//! `doctor` examines a host on a control connection ([`crate::examination`]).
+//!
 //! The token ties connections together; it keeps nobody out: certificates do ([`crate::command`]).
 
 use std::io::{self, BufRead, Read, Write};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::examination::{Answer, Question};
 use crate::handover::Verdict;
+use crate::inquiry::{Findings, Inquiry, Needs};
 use crate::report::RestoreReport;
 
 /// Version of everything that the two commands say to each other. Another one is refused.
@@ -40,6 +45,9 @@ pub const VERSION: u32 = 2;
 /// Version of what the two helpers say to each other, in the stream and beside it; raised with [`crate::engine::side_message`]'s.
 /// Between hosts that differ in it only libxl's own helper runs.
 pub const STREAM_VERSION: u16 = 1;
+
+/// TCP connections over which one stream goes, at most.
+pub const CONNECTIONS_MAX: u16 = 16;
 
 /// Longest line in bytes.
 pub const LINE_MAX: usize = 256 * 1024;
@@ -98,6 +106,8 @@ pub enum Connection {
     Stream,
     /// What the filters write.
     Side,
+    /// Bytes that try out the link, and are counted ([`crate::inquiry::Measured`]); it belongs to no migration.
+    Probe,
 }
 
 /// First line of every connection.
@@ -109,6 +119,13 @@ pub struct Greeting {
     pub connection: Connection,
     /// Of which migration.
     pub token: Token,
+    /// Of a stream that goes over several connections: which, from 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub lane: u16,
+}
+
+fn is_zero(lane: &u16) -> bool {
+    *lane == 0
 }
 
 /// Which save helper runs.
@@ -119,6 +136,15 @@ pub enum HelperKind {
     Poolskip,
     /// The one that libxl comes with.
     Stock,
+}
+
+/// How a stream may go in blocks, over several connections or compressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlocksOffer {
+    /// Version of the blocks.
+    pub version: u16,
+    /// Connections.
+    pub connections: u16,
 }
 
 /// What the source says.
@@ -135,11 +161,20 @@ pub enum FromSource {
         stream_version: u16,
         /// Whether all pages are compared at the end.
         debug: bool,
+        /// How the stream may go in blocks ([`crate::command`]); none: over one connection, as it is. A target that does not know of it
+        /// does not answer to it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        blocks: Option<BlocksOffer>,
+        /// What the domain needs; a target that has it not refuses.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        needs: Option<Needs>,
     },
     /// The source has written down that the target may run the domain.
     Given,
     /// xl has failed at the source: what has not come by now does not come.
     GaveUp,
+    /// What would a migration be? The first line of its connection; answered by [`FromTarget::Checked`].
+    Check(Box<Inquiry>),
     /// What became of a migration? The first line of its connection.
     Ask {
         /// The migration.
@@ -147,6 +182,8 @@ pub enum FromSource {
         /// Name of its domain.
         domain: String,
     },
+    /// A question of `doctor`'s; nothing but such questions comes on its connection.
+    Examine(Question),
 }
 
 /// What the target says.
@@ -157,6 +194,9 @@ pub enum FromTarget {
     Ready {
         /// Why both sides run libxl's own helper, although the other was wanted.
         stock_because: Option<String>,
+        /// Connections over which the stream is to go in blocks; none: over one, as it is.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        blocks: Option<u16>,
     },
     /// No.
     Refused {
@@ -165,8 +205,12 @@ pub enum FromTarget {
     },
     /// What became of the domain, once for all.
     Verdict(Verdict),
+    /// What it is and has.
+    Checked(Box<Findings>),
     /// xl is done.
     Finished(Box<TargetOutcome>),
+    /// An answer to `doctor`.
+    Examined(Answer),
 }
 
 /// How it ended at the target.
@@ -253,8 +297,12 @@ mod tests {
 
     #[test]
     fn a_greeting_takes_no_byte_of_what_follows() {
-        let greeting =
-            Greeting { poolskip: VERSION, connection: Connection::Stream, token: Token::random().unwrap() };
+        let greeting = Greeting {
+            poolskip: VERSION,
+            connection: Connection::Stream,
+            token: Token::random().unwrap(),
+            lane: 15,
+        };
         let mut bytes = Vec::new();
         write_line(&mut bytes, &greeting).unwrap();
         assert!(bytes.len() <= GREETING_MAX);
@@ -272,7 +320,7 @@ mod tests {
     #[test]
     fn lines_come_one_by_one() {
         let mut bytes = Vec::new();
-        let ready = FromTarget::Ready { stock_because: None };
+        let ready = FromTarget::Ready { stock_because: None, blocks: None };
         write_line(&mut bytes, &ready).unwrap();
         let finished = FromTarget::Finished(Box::new(TargetOutcome { started: true, ..Default::default() }));
         write_line(&mut bytes, &finished).unwrap();
@@ -280,6 +328,22 @@ mod tests {
         assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), ready);
         assert_eq!(read_line::<FromTarget>(&mut from).unwrap(), finished);
         assert!(matches!(read_line::<FromTarget>(&mut from), Err(LineError::Closed)));
+    }
+
+    /// What a release without blocks writes and reads.
+    #[test]
+    fn hosts_without_blocks_are_understood_and_understand() {
+        let start = r#"{"start":{"domain":"db1","helper":"poolskip","stream_version":1,"debug":false}}"#;
+        let read: FromSource = serde_json::from_str(start).unwrap();
+        assert!(matches!(read, FromSource::Start { blocks: None, .. }));
+        assert_eq!(serde_json::to_string(&read).unwrap(), start);
+        let ready = r#"{"ready":{"stock_because":null}}"#;
+        let read: FromTarget = serde_json::from_str(ready).unwrap();
+        assert_eq!(read, FromTarget::Ready { stock_because: None, blocks: None });
+        assert_eq!(serde_json::to_string(&read).unwrap(), ready);
+        let token = Token::random().unwrap();
+        let greeting = Greeting { poolskip: VERSION, connection: Connection::Stream, token, lane: 0 };
+        assert!(!serde_json::to_string(&greeting).unwrap().contains("lane"));
     }
 
     #[test]

@@ -19,6 +19,9 @@ const DISKS_MAX: usize = 255;
 /// Backends that dom0 itself serves, by their directory.
 const BACKENDS: [&str; 2] = ["vbd", "qdisk"];
 
+/// The script that libxl names where the configuration names none: it attaches what is there.
+const BLOCK_SCRIPT: &str = "/etc/xen/scripts/block";
+
 /// A disk whose pages never go by reference.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RefusedDisk {
@@ -35,6 +38,8 @@ pub struct Disks {
     pub readable: Vec<DiskName>,
     /// Others (other formats, other backends, other driver domains): their pages go over the network.
     pub refused: Vec<RefusedDisk>,
+    /// Paths that must be there before the domain is, at the target too: no script of the configuration's own attaches what they name.
+    pub fixed: Vec<PathBuf>,
 }
 
 /// Disks of a domain that can be read by byte offset; the others are said.
@@ -69,7 +74,13 @@ pub fn survey(store: &mut impl Store, domain: DomainId) -> Result<Disks, StoreEr
                 parameters: node("params")?,
                 device_type: node("device-type")?,
             };
-            disks.add(shown, vdev, place.path());
+            let path = place.path();
+            if let Ok(path) = &path
+                && node("script")?.is_none_or(|script| script == BLOCK_SCRIPT)
+            {
+                disks.fixed.push(path.clone());
+            }
+            disks.add(shown, vdev, path);
         }
     }
     Ok(disks)

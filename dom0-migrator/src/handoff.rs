@@ -86,6 +86,9 @@ pub struct Order {
     /// Source: when to suspend the domain.
     #[serde(default)]
     pub limits: Limits,
+    /// Source: the request by which the guest was asked for its lists already, so that it makes them while xl starts.
+    #[serde(default)]
+    pub asked: Option<u64>,
 }
 
 /// What a helper says.

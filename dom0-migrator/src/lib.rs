@@ -8,7 +8,9 @@
 //!   the target);
 //! * [`command`]: `migrate` and `receive`, which run `xl` with this program as its helper; [`control`] is what they say to
 //!   each other, [`handoff`] what they say to the helpers, [`report`] what comes of it;
+//! * [`inquiry`]: what `check` asks a target;
 //! * [`handover`]: which side may run the domain, written down on both before it is done;
+//! * [`examination`]: what `doctor` asks another host;
 //! * [`timeline`], [`memory_map`]: what is seen of a migration from second to second and page by page;
 //! * [`xen`], [`xenstore`]: Xen's libraries and its tree of values.
 
@@ -16,10 +18,12 @@ pub mod command;
 pub mod control;
 pub mod disks;
 pub mod engine;
+pub mod examination;
 pub mod handoff;
 pub mod handover;
 pub mod helper;
 pub mod html;
+pub mod inquiry;
 pub mod lists;
 pub mod memory_map;
 pub mod parcel;

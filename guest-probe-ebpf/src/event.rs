@@ -1,10 +1,11 @@
 //! What the eBPF programs and guest-probe say to each other. Both compile this file, so it uses `core` alone.
 //!
-//! **Which moment an event is sent at.** An event after which a frame is to be trusted *less* (dirtied, freed) is sent before
-//! the function does its work, one after which it is to be trusted *more* (cleaned, created) when it has done it. So at no
-//! moment does a table that has applied all events trust a frame that its control block does not vouch for. The one exception
-//! is [`EventKind::ReadComplete`], sent at entry: while the function runs, the control block says `io_fix` read, and a frame
-//! with an `io_fix` is never listed. A return probe would cost half a microsecond a read and tell no more.
+//! **Which moment an event is sent at.** When a function begins: a return probe costs more than twice as much. An event after which a frame
+//! is to be trusted *less* (dirtied, freed) is thus in the table before the control block says so, and all is well. One after which it is to
+//! be trusted *more* is in the table too early, for as long as the function runs, but then the control block says so itself: while a
+//! read is being completed its `io_fix` is read, and until a page has left the flush list its `oldest_modification` is not 0. A frame is
+//! listed only when the table and the block, read at that moment, both vouch for it (`lists.rs`). The one exception is
+//! [`EventKind::Create`], sent on return, since only then is it known which frame the page is in.
 
 /// One event, 24 bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -32,7 +33,7 @@ pub enum EventKind {
     Create = 2,
     /// Its page is about to join the flush list: clean becomes dirty.
     Dirty = 3,
-    /// Its page has left the flush list: dirty became clean.
+    /// Its page is about to leave the flush list: dirty becomes clean.
     Clean = 4,
     /// It is about to be freed.
     Free = 5,
@@ -109,7 +110,7 @@ pub struct Layout {
     pub wake_at: u32,
 }
 
-/// Index of the counter of events that found the ring buffer full, or the table of calls in flight.
+/// Index of the counter of events that found the ring buffer full.
 pub const COUNTER_LOST: u32 = 0;
 /// Index of the counter of events whose control block could not be read.
 pub const COUNTER_UNREADABLE: u32 = 1;

@@ -8,9 +8,9 @@
 mod event;
 
 use aya_ebpf::bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP};
-use aya_ebpf::helpers::{bpf_get_current_pid_tgid, bpf_probe_read_user};
+use aya_ebpf::helpers::bpf_probe_read_user;
 use aya_ebpf::macros::{map, uprobe, uretprobe};
-use aya_ebpf::maps::{HashMap, PerCpuArray, RingBuf};
+use aya_ebpf::maps::{PerCpuArray, RingBuf};
 use aya_ebpf::programs::{ProbeContext, RetProbeContext};
 use aya_ebpf::{EbpfContext, Global};
 use aya_log_ebpf::debug;
@@ -24,10 +24,6 @@ static EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 /// What went wrong, per processor.
 #[map]
 static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(COUNTER_COUNT, 0);
-
-/// Control blocks that threads are taking off the flush list right now, by thread.
-#[map]
-static CLEANING: HashMap<u64, u64> = HashMap::with_max_entries(4096, 0);
 
 #[unsafe(no_mangle)]
 static LAYOUT: Global<Layout> = Global::new(Layout {
@@ -74,25 +70,10 @@ pub fn page_dirty(ctx: ProbeContext) -> u32 {
     0
 }
 
-/// `buf_flush_remove(bpage)` begins: remembers which block this thread is cleaning.
+/// `buf_flush_remove(bpage)`.
 #[uprobe]
-pub fn page_clean_entry(ctx: ProbeContext) -> u32 {
+pub fn page_clean(ctx: ProbeContext) -> u32 {
     if let Some(block) = ctx.arg::<u64>(0) {
-        if CLEANING.insert(bpf_get_current_pid_tgid(), block, 0).is_err() {
-            count(COUNTER_LOST);
-        }
-    }
-    0
-}
-
-/// `buf_flush_remove(bpage)` is done.
-#[uretprobe]
-pub fn page_clean(ctx: RetProbeContext) -> u32 {
-    let thread = bpf_get_current_pid_tgid();
-    // SAFETY: the entry is this thread's own: no other program run writes or removes it meanwhile.
-    let block = unsafe { CLEANING.get(thread) }.copied();
-    if let Some(block) = block {
-        let _ = CLEANING.remove(thread);
         tell_block(&ctx, EventKind::Clean, block, &LAYOUT.load());
     }
     0
@@ -104,7 +85,7 @@ pub fn frame_free(ctx: ProbeContext) -> u32 {
     let layout = LAYOUT.load();
     let Some(block) = ctx.arg::<u64>(0) else { return 0 };
     match read_user::<u64>(block, layout.block_frame) {
-        Some(frame) => tell(EventKind::Free, frame, 0, 0, &layout),
+        Some(frame) => tell(&ctx, EventKind::Free, frame, 0, 0, &layout),
         None => unreadable(&ctx, block),
     }
     0
@@ -118,7 +99,7 @@ pub fn file_open(ctx: ProbeContext) -> u32 {
     let id =
         read_user::<u64>(node, layout.node_space).and_then(|space| read_user::<u32>(space, layout.space_id));
     match id {
-        Some(id) => tell(EventKind::FileOpen, 0, id, 0, &layout),
+        Some(id) => tell(&ctx, EventKind::FileOpen, 0, id, 0, &layout),
         None => unreadable(&ctx, node),
     }
     0
@@ -126,8 +107,8 @@ pub fn file_open(ctx: ProbeContext) -> u32 {
 
 /// `buf_pool_t::allocate_chunk(…)` and `buf_pool_t::deallocate_chunk(…)`.
 #[uprobe]
-pub fn pool_resize(_ctx: ProbeContext) -> u32 {
-    tell(EventKind::Resize, 0, 0, 0, &LAYOUT.load());
+pub fn pool_resize(ctx: ProbeContext) -> u32 {
+    tell(&ctx, EventKind::Resize, 0, 0, 0, &LAYOUT.load());
     0
 }
 
@@ -142,15 +123,16 @@ fn tell_block<C: EbpfContext>(ctx: &C, kind: EventKind, block: u64, layout: &Lay
     let id = read_user::<[u32; 2]>(block, layout.block_page_id);
     let frame = read_user::<u64>(block, layout.block_frame);
     match (id, frame) {
-        (Some([space, page]), Some(frame)) => tell(kind, frame, space, page, layout),
+        (Some([space, page]), Some(frame)) => tell(ctx, kind, frame, space, page, layout),
         _ => unreadable(ctx, block),
     }
 }
 
 #[inline(always)]
-fn tell(kind: EventKind, frame: u64, space: u32, page: u32, layout: &Layout) {
+fn tell<C: EbpfContext>(ctx: &C, kind: EventKind, frame: u64, space: u32, page: u32, layout: &Layout) {
     let Some(mut entry) = EVENTS.reserve::<Event>(0) else {
         count(COUNTER_LOST);
+        debug!(ctx, "the ring buffer is full: event {} of the frame at {:x} is lost", kind as u32, frame);
         return;
     };
     entry.write(Event { frame, space, page, kind: kind as u32, reserved: 0 });

@@ -1,17 +1,19 @@
 //! How much of each table is listed.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+use crate::left_out::LeftOut;
 use crate::lists::ListSummary;
 use crate::spaces::Spaces;
 
 /// No answer names more tables; the others are summed up, so that a status stays readable with a hundred thousand of them.
 const MOST_TABLES: usize = 64;
 
-/// What became of the frames of one tablespace, 24 bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// What became of the frames of one tablespace.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Coverage {
     /// In the read list.
     pub frames_read: u64,
@@ -19,6 +21,8 @@ pub struct Coverage {
     pub frames_written: u64,
     /// In neither.
     pub left_out: u64,
+    /// The same by reason.
+    pub reasons: BTreeMap<LeftOut, u64>,
 }
 
 impl Coverage {
@@ -27,10 +31,19 @@ impl Coverage {
         self.frames_read + self.frames_written + self.left_out
     }
 
+    /// Counts a frame that is in neither list.
+    pub fn leave_out(&mut self, reason: LeftOut) {
+        self.left_out += 1;
+        *self.reasons.entry(reason).or_default() += 1;
+    }
+
     fn add(&mut self, other: &Self) {
         self.frames_read += other.frames_read;
         self.frames_written += other.frames_written;
         self.left_out += other.left_out;
+        for (reason, count) in &other.reasons {
+            *self.reasons.entry(*reason).or_default() += count;
+        }
     }
 }
 
@@ -50,8 +63,8 @@ pub struct TableCoverage {
 
 /// The tables of a server with the most frames, the rest summed up at the end.
 pub fn by_table(pid: i32, summary: &ListSummary, spaces: &Spaces) -> Vec<TableCoverage> {
-    let mut all: Vec<(u32, Coverage)> =
-        summary.by_space.iter().map(|(space, coverage)| (*space, *coverage)).collect();
+    let mut all: Vec<(u32, &Coverage)> =
+        summary.by_space.iter().map(|(space, coverage)| (*space, coverage)).collect();
     all.sort_by_key(|(space, coverage)| (std::cmp::Reverse(coverage.frames()), *space));
     let others = all.split_off(all.len().min(MOST_TABLES));
     let mut tables: Vec<TableCoverage> = all
@@ -59,7 +72,7 @@ pub fn by_table(pid: i32, summary: &ListSummary, spaces: &Spaces) -> Vec<TableCo
         .map(|(space, coverage)| {
             let name = spaces.get(space).map(|file| table_name(&file.name));
             let table = name.unwrap_or_else(|| format!("space {space}"));
-            TableCoverage { pid, space: Some(space), table, coverage }
+            TableCoverage { pid, space: Some(space), table, coverage: coverage.clone() }
         })
         .collect();
     if !others.is_empty() {
@@ -97,8 +110,11 @@ mod tests {
     fn small_tables_are_summed_up() {
         let mut summary = ListSummary::default();
         for space in 0..100 {
-            let coverage =
-                Coverage { frames_read: u64::from(space), frames_written: 1, left_out: u64::from(space % 2) };
+            let mut coverage =
+                Coverage { frames_read: u64::from(space), frames_written: 1, ..Coverage::default() };
+            if space % 2 == 1 {
+                coverage.leave_out(LeftOut::Dirty);
+            }
             summary.by_space.insert(space, coverage);
         }
         let tables = by_table(7, &summary, &Spaces::default());
@@ -106,6 +122,7 @@ mod tests {
         assert_eq!((tables[0].space, tables[0].table.as_str()), (Some(99), "space 99"));
         let last = tables.last().unwrap();
         assert_eq!((last.space, last.table.as_str()), (None, "36 other tables"));
+        assert_eq!(last.coverage.reasons, [(LeftOut::Dirty, 18)].into());
         let frames: u64 = tables.iter().map(|table| table.coverage.frames()).sum();
         assert_eq!(frames, summary.by_space.values().map(Coverage::frames).sum::<u64>());
     }

@@ -353,6 +353,12 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn the_unit_lets_tables_be_asked_for() {
+        let unit = include_str!("../systemd/guest-probe.service");
+        assert!(unit.lines().any(|line| line == format!("DeviceAllow={CONTROL} rw")));
+    }
+
+    #[test]
     fn a_question_names_the_device() {
         let words = question(device(253, 0x1_2345), 4096);
         let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();

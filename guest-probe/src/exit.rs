@@ -9,7 +9,10 @@ use procfs::ProcError;
 use crate::catalogue::CatalogueError;
 use crate::config::ConfigError;
 use crate::control_blocks::BlocksError;
+use crate::derive::DeriveError;
 use crate::device::DeviceError;
+use crate::doctor::DoctorError;
+use crate::elf::ElfError;
 use crate::memory::MemoryError;
 use crate::probes::ProbeError;
 use crate::process::ProcessError;
@@ -31,7 +34,7 @@ pub enum Exit {
     NotPermitted = 4,
     /// The kernel does not take the eBPF programs or probes.
     NoProbes = 5,
-    /// The mysqld is none that is known, or its memory is not as its build says.
+    /// The mysqld is none that is known, or has a setting that cannot be served.
     UnknownBuild = 6,
     /// The kernel module's device is not there or does not work.
     NoModule = 7,
@@ -41,6 +44,12 @@ pub enum Exit {
     Configuration = 9,
     /// `doctor` found something missing, or `catalogue add` is not sure.
     NotUsable = 10,
+    /// The program file is damaged, cut short, for another machine, or lacks what tells its build.
+    BadProgram = 11,
+    /// mysqld's memory cannot be read, or is not as its build says: it is starting, resizing or ending, or it is no such mysqld.
+    BadMemory = 12,
+    /// A catalogue of builds cannot be used.
+    BadCatalogue = 13,
 }
 
 impl Exit {
@@ -64,7 +73,7 @@ impl Exit {
         } else if let Some(error) = error.downcast_ref::<SessionError>() {
             match error {
                 SessionError::Process(error) => Self::of(error),
-                SessionError::Elf(_) => Self::UnknownBuild,
+                SessionError::Elf(error) => Self::of(error),
                 SessionError::Catalogue(error) => Self::of(error),
                 SessionError::Probes(error) => Self::of(error),
                 SessionError::Blocks(error) => Self::of(error),
@@ -72,13 +81,39 @@ impl Exit {
                 _ => Self::Failure,
             }
         } else if let Some(error) = error.downcast_ref::<BlocksError>() {
-            if matches!(error, BlocksError::Memory(_)) { Self::Failure } else { Self::UnknownBuild }
+            if matches!(error, BlocksError::PageSize { .. }) { Self::UnknownBuild } else { Self::BadMemory }
+        } else if error.is::<MemoryError>() {
+            Self::BadMemory
+        } else if error.is::<ElfError>() {
+            Self::BadProgram
         } else if error.is::<ProcessError>() {
             Self::NoMysqld
-        } else if error.is::<CatalogueError>() {
-            Self::UnknownBuild
+        } else if let Some(error) = error.downcast_ref::<CatalogueError>() {
+            if matches!(error, CatalogueError::Unknown { .. }) {
+                Self::UnknownBuild
+            } else {
+                Self::BadCatalogue
+            }
+        } else if let Some(error) = error.downcast_ref::<DoctorError>() {
+            match error {
+                DoctorError::Derive(error) => Self::of(error),
+                DoctorError::Catalogue(error) => Self::of(error),
+                DoctorError::Binary { .. } => Self::BadProgram,
+                DoctorError::NotRunning(_) => Self::NoMysqld,
+                DoctorError::Open { .. } => Self::Failure,
+                DoctorError::NotSure(_) => Self::NotUsable,
+            }
+        } else if let Some(error) = error.downcast_ref::<DeriveError>() {
+            match error {
+                DeriveError::Process(error) => Self::of(error),
+                DeriveError::Elf(error) => Self::of(error),
+                DeriveError::Memory(error) => Self::of(error),
+                DeriveError::Spaces(_) => Self::Failure,
+                // An entry of nonsense that was found out is no catalogue that lies somewhere.
+                DeriveError::Entry(_) => Self::NotUsable,
+            }
         } else if let Some(error) = error.downcast_ref::<ProbeError>() {
-            if matches!(error, ProbeError::Elf(_)) { Self::UnknownBuild } else { Self::NoProbes }
+            if let ProbeError::Elf(error) = error { Self::of(error) } else { Self::NoProbes }
         } else if let Some(error) = error.downcast_ref::<DeviceError>() {
             match error {
                 DeviceError::Open { source, .. } if source.raw_os_error() == Some(libc::EBUSY) => {
@@ -134,10 +169,24 @@ mod tests {
         let blocks = |errno| SessionError::Blocks(BlocksError::Memory(memory(errno)));
         assert_eq!(Exit::of(&blocks(libc::ESRCH)), Exit::NoMysqld, "it has ended while it was read");
         assert_eq!(Exit::of(&blocks(libc::EPERM)), Exit::NotPermitted);
-        assert_eq!(Exit::of(&blocks(libc::EFAULT)), Exit::Failure);
+        assert_eq!(Exit::of(&blocks(libc::EFAULT)), Exit::BadMemory, "nothing is mapped there");
+        let lies = BlocksError::Implausible { pools: 0, chunks: 0, blocks: 0 };
+        assert_eq!(Exit::of(&SessionError::Blocks(lies)), Exit::BadMemory);
         let page_size = SessionError::Blocks(BlocksError::PageSize { bytes: 4096 });
         assert_eq!(Exit::of(&page_size), Exit::UnknownBuild);
         assert_eq!(Exit::of(&SessionError::Process(ProcessError::None)), Exit::NoMysqld);
+        let no_symbol = || ElfError::NoSymbol { symbol: "x".into() };
+        assert_eq!(Exit::of(&SessionError::Elf(ElfError::NoBuildId)), Exit::BadProgram);
+        assert_eq!(Exit::of(&SessionError::Probes(ProbeError::Elf(no_symbol()))), Exit::BadProgram);
+        let unknown = CatalogueError::Unknown { build_id: "x".into(), known: "y".into() };
+        assert_eq!(Exit::of(&SessionError::Catalogue(unknown)), Exit::UnknownBuild);
+        let twice = || CatalogueError::Twice("x".into());
+        assert_eq!(Exit::of(&SessionError::Catalogue(twice())), Exit::BadCatalogue);
+        assert_eq!(Exit::of(&DoctorError::Catalogue(twice())), Exit::BadCatalogue);
+        let foreign = ElfError::Foreign { class: 1, order: 1, machine: 40 };
+        let binary = DoctorError::Binary { path: "x".into(), source: foreign };
+        assert_eq!(Exit::of(&binary), Exit::BadProgram);
+        assert_eq!(Exit::of(&DoctorError::Derive(ProcessError::None.into())), Exit::NoMysqld);
         let open = |errno: i32| DeviceError::Open {
             path: "/dev/x".into(),
             source: io::Error::from_raw_os_error(errno),

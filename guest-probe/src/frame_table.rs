@@ -3,7 +3,7 @@
 //! Probes are attached first, then the snapshot is read, then all events since its beginning are applied to it. Each event sets what it
 //! says, so events that the snapshot has seen already do no harm when they are applied again: whatever came last for a frame, comes
 //! last. (With a gap among them that does not hold: `session.rs` drops events from before a loss.)
-//! (`event.rs` says which moment each event is sent at, so that the table never trusts a frame too early.)
+//! (`event.rs` says which moment each event is sent at, and why a frame that the table trusts too early is not listed.)
 
 use crate::event::{Event, EventKind};
 

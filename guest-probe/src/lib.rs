@@ -17,6 +17,7 @@
 
 mod bytes;
 pub mod catalogue;
+pub mod command_line;
 pub mod config;
 pub mod control_blocks;
 pub mod coverage;

@@ -109,7 +109,7 @@ pub fn build<M: Memory, E>(
                 }
                 Err(reason) => {
                     *summary.left_out.entry(reason).or_default() += 1;
-                    summary.by_space.entry(block.page.space).or_default().left_out += 1;
+                    summary.by_space.entry(block.page.space).or_default().leave_out(reason);
                 }
             }
         })?;
@@ -151,7 +151,7 @@ fn judge<M: Memory>(
     let kind = match state {
         Some(FrameState::Read(page)) if page == block.page => ListKind::Read,
         Some(FrameState::Written(page)) if page == block.page => ListKind::Written,
-        Some(FrameState::Dirty(page)) if page == block.page => return Err(LeftOut::Dirty),
+        // It may have been dirtied at this very moment; or it was cleaned while a snapshot was taken, which the next one heals.
         _ => return Err(LeftOut::TableDiffers),
     };
     if block.compressed {
@@ -259,10 +259,9 @@ mod tests {
     fn one_doubt_is_enough() {
         let read = Some(FrameState::Read(ID));
         let other = Some(FrameState::Read(PageId { space: 7, page: 4 }));
-        for state in [None, Some(FrameState::Free), other] {
+        for state in [None, Some(FrameState::Free), Some(FrameState::Dirty(ID)), other] {
             assert_eq!(judged(&block(), state, 0, 0), Err(LeftOut::TableDiffers));
         }
-        assert_eq!(judged(&block(), Some(FrameState::Dirty(ID)), 0, 0), Err(LeftOut::Dirty));
         type Doubt = fn(&mut ControlBlock);
         let doubts: [(Doubt, LeftOut); 7] = [
             (|block| block.oldest = 1, LeftOut::Dirty),

@@ -86,14 +86,12 @@ struct Attachment<'a> {
     symbol: &'a str,
 }
 
-fn attachments(functions: &Functions) -> [Attachment<'_>; 9] {
-    // Order matters in one place only: the return of a clean is heard once its entry is. Events between are a snapshot's matter.
+fn attachments(functions: &Functions) -> [Attachment<'_>; 8] {
     [
         Attachment { program: "read_complete", symbol: &functions.read_complete },
         Attachment { program: "page_create", symbol: &functions.page_create },
         Attachment { program: "page_dirty", symbol: &functions.page_dirty },
         Attachment { program: "page_clean", symbol: &functions.page_clean },
-        Attachment { program: "page_clean_entry", symbol: &functions.page_clean },
         Attachment { program: "frame_free", symbol: &functions.frame_free },
         Attachment { program: "file_open", symbol: &functions.file_open },
         Attachment { program: "pool_resize", symbol: &functions.chunk_allocate },

@@ -399,7 +399,9 @@ impl Service {
 
     fn tell(&mut self, device: &mut impl Device, mut stream: UnixStream) {
         self.update(device);
-        match serde_json::to_vec(&self.status()) {
+        let module = device.stats().inspect_err(|error| tracing::debug!(%error, "no counters"));
+        let status = Status { module: module.ok().map(Into::into), ..self.status() };
+        match serde_json::to_vec(&status) {
             Ok(json) => {
                 tokio::spawn(async move { tell_all(&mut stream, &json).await });
             }
@@ -471,6 +473,7 @@ impl Service {
             last_error: self.last_error.clone(),
             peak_memory_bytes: peak_memory_bytes(),
             hints_made_wrong: self.hints_made_wrong + self.hints_of_sessions(),
+            module: None,
         }
     }
 }

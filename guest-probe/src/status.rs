@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use enlightenment::device::Stats;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -47,6 +48,44 @@ pub struct Status {
     pub peak_memory_bytes: u64,
     /// Hints made wrong on purpose (`run --wrong-hints`).
     pub hints_made_wrong: u64,
+    /// The kernel module's counters; none when it does not tell them.
+    pub module: Option<ModuleStatus>,
+}
+
+/// What the kernel module has counted since it was loaded ([`enlightenment::device::Stats`]).
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModuleStatus {
+    /// Whether dom0 can find the lists.
+    pub announced: bool,
+    /// Whether dom0 has said that a migration has begun, and not yet that it has ended.
+    pub migrating: bool,
+    /// Requests that came from dom0.
+    pub requests: u64,
+    /// Signals to dom0.
+    pub signals: u64,
+    /// Generations and withdrawals that dom0 was not told of during a migration.
+    pub untold: u64,
+    /// Calls that published something.
+    pub calls: u64,
+    /// Generations published.
+    pub generations: u64,
+    /// Pages of the guest that hold lists now.
+    pub list_pages: u64,
+}
+
+impl From<Stats> for ModuleStatus {
+    fn from(stats: Stats) -> Self {
+        Self {
+            announced: stats.xen == 1,
+            migrating: stats.migrating == 1,
+            requests: stats.requests,
+            signals: stats.signals,
+            untold: stats.untold,
+            calls: stats.calls,
+            generations: stats.generations,
+            list_pages: stats.list_pages,
+        }
+    }
 }
 
 /// A server that is probed.
@@ -200,7 +239,7 @@ pub fn write_coverage(
     }
     for TableCoverage { table, coverage, .. } in tables {
         let listed = coverage.frames_read + coverage.frames_written;
-        writeln!(
+        write!(
             f,
             "            {:>10} {:>10} {:>10} {:>7} {table}",
             coverage.frames_read,
@@ -208,6 +247,10 @@ pub fn write_coverage(
             coverage.left_out,
             percent(listed, coverage.frames())
         )?;
+        for (index, (reason, count)) in coverage.reasons.iter().enumerate() {
+            write!(f, "{} {count} {}", if index == 0 { ":" } else { "," }, reason.words())?;
+        }
+        writeln!(f)?;
     }
     Ok(())
 }
@@ -263,7 +306,11 @@ mod tests {
     #[test]
     fn a_status_survives_the_socket() {
         let lists = ListSummary { left_out: [(LeftOut::Dirty, 3)].into(), ..ListSummary::default() };
-        let tables = vec![TableCoverage { pid: 7, table: "a/b".into(), ..TableCoverage::default() }];
+        let mut table = TableCoverage { pid: 7, table: "a/b".into(), ..TableCoverage::default() };
+        for reason in [LeftOut::Dirty, LeftOut::Dirty, LeftOut::InUse] {
+            table.coverage.leave_out(reason);
+        }
+        let tables = vec![table];
         let server = ServerStatus {
             mysqld_pid: 7,
             events: [("free".to_owned(), 2)].into(),
@@ -277,10 +324,8 @@ mod tests {
         let json = serde_json::to_vec(&status).unwrap();
         assert_eq!(serde_json::from_slice::<Status>(&json).unwrap(), status);
         let words = status.to_string();
-        assert!(
-            words.contains("process 7") && words.contains("a/b") && words.contains("3 frames: dirty"),
-            "{words}"
-        );
+        assert!(words.contains("process 7") && words.contains("3 frames: dirty"), "{words}");
+        assert!(words.contains("0.0 % a/b: 2 dirty, 1 in use by a thread\n"), "{words}");
     }
 
     #[test]

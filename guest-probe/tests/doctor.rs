@@ -1,5 +1,5 @@
-//! `guest-probe doctor` and `guest-probe catalogue` on programs that are no mysqld, or damaged ones: one clear sentence, exit code 10, and
-//! never an entry.
+//! `guest-probe doctor` and `guest-probe catalogue` on programs that are no mysqld, or damaged ones: one clear sentence, an exit code of its
+//! kind, and never an entry.
 
 #![allow(clippy::unwrap_used, reason = "an integration test: clippy knows only #[test] functions as tests")]
 
@@ -8,19 +8,22 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// Exit code when nothing would be listed.
+/// Exit codes (`guest_probe::exit`): nothing would be listed; the program file is damaged or foreign; no such process; anything else.
 const NOT_USABLE: i32 = 10;
+const BAD_PROGRAM: i32 = 11;
+const NO_MYSQLD: i32 = 3;
+const FAILURE: i32 = 1;
 
 fn guest_probe(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_guest-probe")).args(arguments).output().unwrap()
 }
 
-/// The doctor's words on a file; its exit code is the one for "not usable".
-fn doctor(file: &Path) -> String {
+/// The doctor's words on a file; its exit code is this one.
+fn doctor(file: &Path, code: i32) -> String {
     let output = guest_probe(&["doctor", "--binary", file.to_str().unwrap()]);
     let words =
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(NOT_USABLE), "{words}");
+    assert_eq!(output.status.code(), Some(code), "{words}");
     assert!(!words.contains("panicked"), "{words}");
     words
 }
@@ -34,7 +37,7 @@ fn mysqld() -> PathBuf {
 
 #[test]
 fn a_known_binary_is_explained() {
-    let words = doctor(&mysqld());
+    let words = doctor(&mysqld(), NOT_USABLE);
     assert!(words.contains("in the catalogue as mysql-server-core"), "{words}");
     assert!(words.contains("buf_flush_remove(buf_page_t*)") && words.contains("probed at a push"), "{words}");
     let json = guest_probe(&["doctor", "--json", "--binary", mysqld().to_str().unwrap()]);
@@ -53,7 +56,7 @@ fn a_truncated_binary_is_refused_or_still_known() {
     for sixteenth in (0..16).rev() {
         file.set_len(whole * sixteenth / 16).unwrap();
         // The table of sections is at the file's end, so every cut is noticed.
-        let words = doctor(&copy);
+        let words = doctor(&copy, BAD_PROGRAM);
         assert!(words.contains("of the ELF file"), "{sixteenth}/16: {words}");
     }
 }
@@ -68,7 +71,7 @@ fn a_binary_of_another_architecture_is_refused() {
     let mut file = File::options().write(true).open(&copy).unwrap();
     file.seek(SeekFrom::Start(18)).unwrap();
     file.write_all(&[0xb7, 0]).unwrap();
-    assert!(doctor(&copy).contains("machine 183: guest-probe is for x86-64"));
+    assert!(doctor(&copy, BAD_PROGRAM).contains("machine 183: guest-probe is for x86-64"));
 }
 
 #[test]
@@ -78,7 +81,7 @@ fn a_binary_without_symbols_says_so() {
     fs::copy(env!("CARGO_BIN_EXE_guest-probe"), &copy).unwrap();
     let strip = Command::new("strip").args(["--strip-all", "--remove-section=.dynsym"]).arg(&copy).status();
     assert!(strip.unwrap().success());
-    let words = doctor(&copy);
+    let words = doctor(&copy, NOT_USABLE);
     assert!(words.contains("not in the catalogue") && words.contains("no symbols at all"), "{words}");
     assert!(words.contains("nothing would be listed"), "{words}");
     assert!(words.contains("missing     buf_flush_remove: the program has no such symbol"), "{words}");
@@ -91,13 +94,13 @@ fn what_is_no_program_is_refused() {
     fs::write(&empty, "").unwrap();
     let text = dir.path().join("text");
     fs::write(&text, "#!/bin/sh\n".repeat(100)).unwrap();
-    for (file, words) in [
-        (empty, "cannot read 64 bytes at 0x0 of the ELF file"),
-        (text, "not a sound ELF file"),
-        (dir.path().to_path_buf(), "no regular file"),
-        (dir.path().join("nothing"), "cannot open"),
+    for (file, words, code) in [
+        (empty, "cannot read 64 bytes at 0x0 of the ELF file", BAD_PROGRAM),
+        (text, "not a sound ELF file", BAD_PROGRAM),
+        (dir.path().to_path_buf(), "no regular file", FAILURE),
+        (dir.path().join("nothing"), "cannot open", FAILURE),
     ] {
-        let said = doctor(&file);
+        let said = doctor(&file, code);
         assert!(said.contains(words) && said.lines().count() == 1, "{said}");
     }
 }
@@ -121,6 +124,6 @@ fn an_entry_needs_a_running_server() {
     let listed = guest_probe(&["catalogue", "list"]);
     assert!(String::from_utf8_lossy(&listed.stdout).contains("mysql-server-core"));
     let nobody = guest_probe(&["doctor", "--pid", "2147483647"]);
-    assert_eq!(nobody.status.code(), Some(NOT_USABLE));
+    assert_eq!(nobody.status.code(), Some(NO_MYSQLD));
     assert!(String::from_utf8_lossy(&nobody.stderr).contains("process 2147483647 cannot be looked at"));
 }

@@ -2,9 +2,12 @@
 
 use std::fs;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 use guest_probe::exit::Exit;
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 
 /// Runs it; its exit code and what it says on stderr.
 fn ends(arguments: &[&str], without_capabilities: bool) -> (Option<i32>, String) {
@@ -23,6 +26,24 @@ fn ends(arguments: &[&str], without_capabilities: bool) -> (Option<i32>, String)
         // SAFETY: the closure makes system calls only.
         unsafe { command.pre_exec(drop_all) };
     }
+    let output = command.output().expect("guest-probe was built for this test");
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+/// Runs it with another `/etc`.
+fn ends_in(arguments: &[&str], etc: &Path) -> (Option<i32>, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_guest-probe"));
+    command.args(arguments).env_remove("POOLSKIP_LOG");
+    let etc = etc.to_path_buf();
+    let enter = move || {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+        mount(Some(&etc), "/etc", none, MsFlags::MS_BIND, none)?;
+        Ok(())
+    };
+    // SAFETY: the closure makes system calls only; its paths are short enough to need no memory.
+    unsafe { command.pre_exec(enter) };
     let output = command.output().expect("guest-probe was built for this test");
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
@@ -68,6 +89,28 @@ fn each_failure_has_its_code_and_its_sentence() {
     let (exit, words) = ends(&["snapshot", "--pid", &std::process::id().to_string()], false);
     assert_eq!(exit, code(Exit::UnknownBuild), "{words}");
     is_one_sentence(&words, "build");
+
+    // A catalogue with nonsense is refused as a whole, whatever it is wanted for.
+    let nonsense = dir.path().join("etc/poolskip/catalogue.d");
+    fs::create_dir_all(&nonsense).unwrap();
+    for (text, with) in [
+        ("[[build]]\npackage = 7\n", "x.toml"),
+        (&"\0".repeat(100), "x.toml"),
+        (include_str!("../catalogue.toml"), "two entries have the build id"),
+        (
+            &include_str!("../catalogue.toml")
+                .replace("cc8a1882", "aa8a1882")
+                .replace("size = 368", "size = 8"),
+            "lies outside",
+        ),
+    ] {
+        fs::write(nonsense.join("x.toml"), text).unwrap();
+        for words in [&["catalogue", "list"][..], &["snapshot", "--pid", &std::process::id().to_string()]] {
+            let (exit, said) = ends_in(words, &dir.path().join("etc"));
+            assert_eq!(exit, code(Exit::BadCatalogue), "{said}");
+            assert!(said.starts_with("guest-probe: ") && said.contains(with), "{said}");
+        }
+    }
 
     // Whatever is done to this process needs a capability once there is one that it has and the other has not.
     let (exit, words) = ends(&["snapshot", "--pid", "1"], true);

@@ -12,5 +12,6 @@ pub mod listed;
 pub mod running;
 pub mod scale;
 pub mod server;
+pub mod storage;
 pub mod tpcc;
 pub mod truth;

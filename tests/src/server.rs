@@ -159,13 +159,18 @@ impl Server {
         &self.place.run_dir
     }
 
-    /// Runs one of sysbench's workloads on its four tables for some seconds; how many transactions a second it made.
+    /// Runs one of sysbench's workloads on its four tables; how many transactions a second it made.
     ///
     /// # Errors
     /// When it fails or says nothing that can be read.
-    pub fn transactions_per_second(&self, workload: &str, threads: u32, seconds: u32) -> Result<f64> {
-        let mut sysbench = self.place.sysbench(workload)?;
-        sysbench.args([&format!("--threads={threads}"), &format!("--time={seconds}")]);
+    pub fn transactions_per_second(&self, workload: &Workload<'_>) -> Result<f64> {
+        let Workload { name, threads, seed, length } = workload;
+        let mut sysbench = self.place.sysbench(name)?;
+        sysbench.args([&format!("--threads={threads}"), &format!("--rand-seed={seed}")]);
+        match length {
+            Length::Seconds(seconds) => sysbench.arg(format!("--time={seconds}")),
+            Length::Transactions(count) => sysbench.args(["--time=0", &format!("--events={count}")]),
+        };
         let words = run(sysbench.args(["--rand-type=uniform", "run"]))?;
         transactions(&words).with_context(|| format!("sysbench says no number of transactions:\n{words}"))
     }
@@ -261,6 +266,28 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// A run of sysbench.
+#[derive(Clone, Copy, Debug)]
+pub struct Workload<'a> {
+    /// Its name, as `oltp_read_only`.
+    pub name: &'a str,
+    /// Clients.
+    pub threads: u32,
+    /// Same seed, same rows; each client draws from a row of numbers of its own.
+    pub seed: u32,
+    /// How long it is.
+    pub length: Length,
+}
+
+/// How long a run is.
+#[derive(Clone, Copy, Debug)]
+pub enum Length {
+    /// So many seconds.
+    Seconds(u32),
+    /// So many transactions, of all clients together.
+    Transactions(u64),
 }
 
 /// A load on a server.
@@ -433,7 +460,8 @@ impl Place {
         };
         // SAFETY: `enter` makes system calls only and allocates nothing.
         unsafe { command.pre_exec(enter) };
-        command.stdin(Stdio::null()).env("HOME", "/tmp");
+        // Where temporary files are out here is no place in the root.
+        command.stdin(Stdio::null()).env("HOME", "/tmp").env_remove("TMPDIR");
         Ok(command)
     }
 }

@@ -54,13 +54,22 @@ impl Key {
 
     /// All 64 hexadecimal digits.
     pub fn digest(self) -> String {
-        self.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.0.finalize())
     }
 
     /// The first 16 hexadecimal digits.
     pub fn hex(self) -> String {
         self.0.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
     }
+}
+
+/// The SHA-256 of bytes, as `sha256sum` writes it.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// `NAME-KEY` in the cache: made by `make` in a directory of its own that is moved into place only when it is complete. A lock lets

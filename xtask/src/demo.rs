@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
 use crate::deployment::Deployment;
-use crate::lab::{self, Host, Lab};
+use crate::lab::{self, Flavour, Host, Lab};
 use crate::migration::{self, Options, Report, migrate};
 use crate::proof::{self, Writer};
 use crate::setup;
@@ -113,7 +113,7 @@ pub struct Figures {
 /// When a migration fails, or the guest is not whole afterwards.
 pub fn run(args: &Args) -> Result<()> {
     setup::ensure()?;
-    let deployment = Deployment::build()?;
+    let deployment = Deployment::build(Flavour::Pv)?;
     let rate = u64::from(args.rate) * 1_000_000;
     let pages = args.report.as_deref().map(Pages::new).transpose()?;
 
@@ -220,23 +220,8 @@ pub fn prove(lab: &Lab, before: proof::Server) -> Result<Proof> {
     })
 }
 
-/// Migrates with deliberately wrong hints, all memory compared.
-///
-/// # Errors
-/// When anything differs, or the wrong hints went unnoticed.
-pub fn mislead(lab: &Lab, deployment: &Deployment, before: proof::Server) -> Result<()> {
-    deployment.give_wrong_hints(lab)?;
-    let report = step("migrating with wrong hints, all memory compared", || {
-        migrate(lab, lab.guest_host()?, Options { stock: false, verify: true })
-    })?;
-    let verify_mismatches = report.verify_mismatches.context("the migration did not verify")?;
-    ensure!(verify_mismatches == 0, "{verify_mismatches} pages differ at the target");
-    ensure!(report.pages_refused.unwrap_or(0) > 0, "wrong hints were given, and none was refused");
-    whole(lab, before).map(drop)
-}
-
 /// Migrates while a client writes, and compares what the client was told was committed. The hints are
-/// those of the probe that runs: wrong ones after [`mislead`].
+/// those of the probe that runs: wrong ones after [`Deployment::give_wrong_hints`].
 ///
 /// All memory is compared too, with packets arriving for the guest all the while: netback copies those that come after the suspension
 /// into pages that have been sent. The comparison must name them, and find no other page that differs.

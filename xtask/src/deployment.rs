@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use crate::build::{ebpf, module};
 use crate::cache::Key;
-use crate::lab::{self, Host, Lab};
+use crate::lab::{Flavour, Host, Kernel, Lab};
 use crate::step::{run, step};
 use crate::workload::TPCC;
 
@@ -21,13 +21,13 @@ const DOMAINS: &str = "/usr/local/bin/domains";
 /// Where it finds its library.
 const LIBRARY: &str = "/usr/local/lib/domains";
 /// Where the probe lies in the guest.
-const PROBE: &str = "/usr/local/bin/guest-probe";
+pub const PROBE: &str = "/usr/local/bin/guest-probe";
 /// Where the compressing transport lies in both hosts.
 pub const ZSTD_PIPE: &str = "/usr/local/bin/zstd-pipe";
 /// Where the ticker lies in the guest.
 const TICKER: &str = "/usr/local/bin/guest-ticker";
 /// The module in the guest.
-const MODULE: &str = "/root/poolskip.ko";
+pub const MODULE: &str = "/root/poolskip.ko";
 
 /// Generous limit for one command in an emulated machine.
 pub const LIMIT: Duration = Duration::from_secs(300);
@@ -66,26 +66,17 @@ pub struct Deployment {
 }
 
 impl Deployment {
-    /// Builds all that the lab's machines run.
+    /// Builds all that the machines of such a lab run.
     ///
     /// # Errors
     /// When something does not compile, or a built object in the tree does not belong to its sources.
-    pub fn build() -> Result<Self> {
+    pub fn build(flavour: Flavour) -> Result<Self> {
         ebpf::check()?;
         module::check()?;
-        let kernel = lab::Kernel::guest()?;
+        let kernel = Kernel::of(flavour.suite())?;
         let linking = format!("linking the kernel module for {}", kernel.release);
         let module = step(&linking, || module::link(&kernel))?;
-        let target = step("building guest-probe, dom0-migrator and the ticker (release)", || {
-            run(cargo().args(["build", "--locked", "--release"]).args([
-                "--package=guest-probe",
-                "--package=dom0-migrator",
-                "--package=tests",
-                "--features=dom0-migrator/xenctrl",
-                "--bins",
-            ]))?;
-            target_directory()
-        })?;
+        let target = build_release()?;
         let release = target.join("release");
         // Line tables are most of a binary, and each megabyte takes its time into an emulated machine.
         let stripped = |name: &str| -> Result<PathBuf> {
@@ -234,6 +225,24 @@ impl Deployment {
         longest_gap(&log)
             .with_context(|| format!("the ticker in the guest left no line that says so: {log:?}"))
     }
+}
+
+/// Builds all programs for release: those that are installed, and those that only the lab needs. The target directory.
+///
+/// # Errors
+/// When something does not compile.
+pub fn build_release() -> Result<PathBuf> {
+    step("building guest-probe, dom0-migrator and the lab's programs (release)", || {
+        run(cargo().args(["build", "--locked", "--release"]).args([
+            "--package=guest-probe",
+            "--package=dom0-migrator",
+            "--package=tests",
+            // Adds the program `domains`, and nothing to the others.
+            "--features=dom0-migrator/xenctrl",
+            "--bins",
+        ]))?;
+        target_directory()
+    })
 }
 
 /// The longest gap in a ticker's log.

@@ -5,19 +5,27 @@ mod bench;
 mod build;
 mod cache;
 mod cpio;
+mod debian_root;
 mod demo;
+mod deploy;
 mod deployment;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
+mod docs;
+mod ending;
 mod fuzz;
 mod lab;
 mod mariadb;
 mod migration;
 mod module_test;
 mod mysql;
+mod package;
 mod plot;
 mod proof;
 mod setup;
 mod step;
 mod test;
+mod volume_test;
 mod workload;
 
 use clap::{Parser, Subcommand};
@@ -42,6 +50,10 @@ enum Command {
     Demo(demo::Args),
     /// Measure speed, memory and bytes against a baseline of the same run
     Bench(bench::Args),
+    /// Install Poolskip on a guest and its hosts over ssh, with a plan first, or remove it
+    Deploy(deploy::Args),
+    /// Make Debian packages for guests and hosts, and a tarball, in target/package
+    Package(package::Args),
     /// Run the fuzz targets of every parser of foreign bytes
     Fuzz(fuzz::Args),
     /// Run all tests
@@ -55,6 +67,8 @@ fn main() -> anyhow::Result<()> {
         Command::Lab(args) => lab::run(&args),
         Command::Demo(args) => demo::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Deploy(args) => deploy::run(&args),
+        Command::Package(args) => package::run(&args),
         Command::Fuzz(args) => fuzz::run(&args),
         Command::Test(args) => test::run(&args),
     }

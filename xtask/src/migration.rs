@@ -20,6 +20,9 @@ const REPORT_FILE: &str = "/run/migration-report.json";
 /// Limit for one migration; one takes one to three minutes, more when the machine is loaded.
 const LIMIT: Duration = Duration::from_secs(1500);
 
+/// Limit for one command that moves no memory.
+const SOON: Duration = Duration::from_secs(120);
+
 /// What the guest had listed, as dom0 read it.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct Lists {
@@ -114,20 +117,107 @@ pub fn start(lab: &Lab, from: Host, options: Options) -> Result<Started> {
     start_with(lab, from, &flags)
 }
 
+/// What says that connections are neither encrypted nor authenticated. The lab's figures are of the stream, and TLS under emulation
+/// would cost more than the link does.
+const PLAIN: &str = "--plain";
+
+/// Migrates the guest with certificates on both sides, as between hosts of an operator; the report.
+///
+/// # Errors
+/// When either side fails: with what both said.
+pub fn migrate_encrypted(lab: &Lab, from: Host) -> Result<Report> {
+    start_as(lab, from, "", &[])?.finish(lab)
+}
+
+/// Makes certificates as an operator does, on one host, and copies to each its own.
+///
+/// # Errors
+/// When they cannot be made.
+pub fn certify(lab: &Lab) -> Result<()> {
+    let hosts = Host::BOTH.map(Host::address);
+    let (made, at) = ("/run/certificates", "/etc/poolskip/certificates");
+    let maker = lab.host(Host::Source);
+    let names = hosts.join(" ");
+    maker.must(&format!("rm -rf {made}; {MIGRATOR} certificates make --out {made} {names}"), SOON)?;
+    for host in Host::BOTH {
+        lab.host(host).must(&format!("mkdir -p {at}"), SOON)?;
+        for file in ["certificate.pem", "key.pem", "authority.pem"] {
+            let content = maker.pull(&format!("{made}/{}/{file}", host.address()))?;
+            lab.host(host).write(&content, &format!("{at}/{file}"), 0o600)?;
+        }
+    }
+    Ok(())
+}
+
+/// What `dom0-migrator check` says, as far as the lab reads it.
+#[derive(Clone, Debug, Deserialize)]
+pub struct Check {
+    /// Listed pages that were looked at.
+    pub samples: u64,
+    /// Of these: the same on the target's disk.
+    pub samples_same: u64,
+    /// What would go by reference.
+    pub reference_bytes: f64,
+    /// Zero pages.
+    pub zero_bytes: Option<f64>,
+    /// What is in the way.
+    pub obstacles: Vec<serde_json::Value>,
+    /// What it would take.
+    pub estimate: Option<Estimate>,
+}
+
+/// Without and with Poolskip.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Estimate {
+    /// Without.
+    pub stock: Estimated,
+    /// With.
+    pub poolskip: Estimated,
+}
+
+/// An estimate.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Estimated {
+    /// Total time; none when it would not end.
+    pub seconds: Option<f64>,
+    /// Bytes over the link.
+    pub wire_bytes: Option<f64>,
+}
+
+/// Asks what a migration would be; its exit code, and what it says.
+///
+/// # Errors
+/// When the receiving side does not come up, or nothing is said.
+pub fn check(lab: &Lab, from: Host) -> Result<(i32, Check)> {
+    let to = from.other();
+    let address = format!("{}:8002", to.address());
+    let receiver = lab.host(to).spawn(&format!("exec {MIGRATOR} receive --listen {address} {PLAIN}"))?;
+    receiver.wait_for(READY, LIMIT).context("the receiving side does not start")?;
+    let output = lab.host(from).run(&format!("{MIGRATOR} check {DOMAIN} {address} {PLAIN} --json"), LIMIT)?;
+    receiver.signal("TERM")?;
+    receiver.wait(LIMIT)?;
+    let said = serde_json::from_str(&output.stdout)
+        .with_context(|| format!("cannot read what check says: {} {}", output.stdout, output.stderr))?;
+    Ok((output.status, said))
+}
+
 /// Starts to migrate the guest with options of `dom0-migrator migrate` as they stand.
 ///
 /// # Errors
 /// When the receiving side does not come up.
 pub fn start_with(lab: &Lab, from: Host, flags: &[&str]) -> Result<Started> {
+    start_as(lab, from, PLAIN, flags)
+}
+
+fn start_as(lab: &Lab, from: Host, connecting: &str, flags: &[&str]) -> Result<Started> {
     let to = from.other();
     let address = format!("{}:8002", to.address());
     let receiver =
-        lab.host(to).spawn(&format!("exec {MIGRATOR} receive --listen {address} --once --plain"))?;
+        lab.host(to).spawn(&format!("exec {MIGRATOR} receive --listen {address} --once {connecting}"))?;
     receiver.wait_for(READY, LIMIT).context("the receiving side does not start")?;
-    // Plain: the lab's figures are of the stream, and TLS under emulation would cost more than the link does.
     let mut command = format!(
         "rm -f {REPORT} {REPORT_FILE}; \
-         exec {MIGRATOR} migrate {DOMAIN} {address} --plain --json {REPORT} --report {REPORT_FILE}"
+         exec {MIGRATOR} migrate {DOMAIN} {address} {connecting} --json {REPORT} --report {REPORT_FILE}"
     );
     for flag in flags {
         command += " ";

@@ -1,21 +1,30 @@
-//! The kernel module in real kernels: Debian's, under plain QEMU, with a test program in place of everything else.
+//! The kernel module in real kernels: Debian's, under plain QEMU, with a test program in place of everything else; and in the lab's guests,
+//! with the same program beside the database.
 
-mod machine;
+pub mod machine;
 mod package;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use crate::build::{Suite, module};
 use crate::cpio::Archive;
-use crate::lab::Kernel;
+use crate::deployment::MODULE;
+use crate::lab::{Kernel, Lab};
 use crate::step::{run, step};
 
 /// The target that the test program is built for; naming it keeps `+crt-static` away from build scripts.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Where the program lies in a guest of the lab.
+const IN_GUEST: &str = "/root/boot-test";
+
+/// How long it may take there.
+const GUEST_LIMIT: Duration = Duration::from_secs(900);
 
 /// For each of the three kernels: links the module as DKMS does, looks at what is in the file, boots the kernel with the test program,
 /// and prints a line a case. One after the other, all of them even when one fails.
@@ -39,11 +48,53 @@ fn on(suite: &'static str, program: &Path) -> Result<()> {
     let module = module::link(&kernel)?;
     package::check(&kernel, &module)?;
     let lines = boot(&kernel, &module, program, "")?;
-    match lines.iter().rev().find_map(|line| parse_summary(line)) {
+    judge("boot test", &lines)
+}
+
+/// What a machine's console says of the test in it, by its last line: `boot test: 19 passed, 0 failed`.
+///
+/// # Errors
+/// When a case failed, or the machine ended before the test did.
+pub fn judge(test: &str, console: &[String]) -> Result<()> {
+    match console.iter().rev().find_map(|line| parse_summary(test, line)) {
         Some((passed, 0)) if passed > 0 => Ok(()),
         Some((passed, failed)) => bail!("{failed} of {} cases failed", passed + failed),
         None => bail!("the machine ended before the test did; its console is above"),
     }
+}
+
+/// Runs the cases in the guest of a lab, in which the module lies and is not loaded.
+///
+/// # Errors
+/// When a case fails, or the program does not come to the end of the test.
+pub fn in_guest(lab: &Lab) -> Result<()> {
+    judge("boot test", &run_in_guest(lab, "")?)
+}
+
+/// Lets the program measure in the guest of a lab; what it printed.
+///
+/// # Errors
+/// When it does not come to its end.
+pub fn measure_in_guest(lab: &Lab) -> Result<Vec<String>> {
+    run_in_guest(lab, "bench")
+}
+
+fn run_in_guest(lab: &Lab, words: &str) -> Result<Vec<String>> {
+    let program = step("boot test's program", build_program)?;
+    let work = tempfile::tempdir().context("cannot make a temporary directory")?;
+    let lean = stripped(&program, work.path())?;
+    let guest = lab.guest();
+    guest.push(&lean, IN_GUEST, 0o755)?;
+    let output = guest.run(&format!("{IN_GUEST} {words} guest {MODULE}"), GUEST_LIMIT)?;
+    let lines: Vec<String> = [output.stdout, output.stderr].concat().lines().map(str::to_owned).collect();
+    lines.iter().for_each(|line| eprintln!("  {line}"));
+    Ok(lines)
+}
+
+fn stripped(program: &Path, to: &Path) -> Result<PathBuf> {
+    let lean = to.join("init");
+    run(Command::new("strip").arg("-o").arg(&lean).arg(program))?;
+    Ok(lean)
 }
 
 /// Boots a suite's kernel, lets the program there measure, and returns the lines of the console.
@@ -62,7 +113,7 @@ fn boot(kernel: &Kernel, module: &Path, program: &Path, words: &str) -> Result<V
     let work = tempfile::tempdir().context("cannot make a temporary directory")?;
     let initrd = initramfs(work.path(), program, module)?;
     step(&format!("poolskip.ko on Linux {}", kernel.release), || {
-        machine::run(&image, &initrd, words, |line| eprintln!("  {line}"))
+        machine::run(&image, &initrd, words, &[], |line| eprintln!("  {line}"))
     })
 }
 
@@ -76,6 +127,7 @@ fn build_program() -> Result<PathBuf> {
         .args([
             "build",
             "--quiet",
+            "--release",
             "--package",
             "kernel-module",
             "--example",
@@ -85,12 +137,11 @@ fn build_program() -> Result<PathBuf> {
         ])
         .env("RUSTFLAGS", "-Ctarget-feature=+crt-static")
         .env("CARGO_TARGET_DIR", &target))?;
-    Ok(target.join(TARGET).join("debug/examples/boot_test"))
+    Ok(target.join(TARGET).join("release/examples/boot_test"))
 }
 
 fn initramfs(work: &Path, program: &Path, module: &Path) -> Result<PathBuf> {
-    let lean = work.join("init");
-    run(Command::new("strip").arg("-o").arg(&lean).arg(program))?;
+    let lean = stripped(program, work)?;
     let mut archive = Archive::default();
     // The kernel opens it for the first program's output before that program runs.
     archive.directory("dev");
@@ -102,9 +153,9 @@ fn initramfs(work: &Path, program: &Path, module: &Path) -> Result<PathBuf> {
     Ok(initrd)
 }
 
-/// `boot test: 19 passed, 0 failed`.
-fn parse_summary(line: &str) -> Option<(u32, u32)> {
-    let (passed, failed) = line.strip_prefix("boot test: ")?.split_once(" passed, ")?;
+fn parse_summary(test: &str, line: &str) -> Option<(u32, u32)> {
+    let rest = line.strip_prefix(test)?.strip_prefix(": ")?;
+    let (passed, failed) = rest.split_once(" passed, ")?;
     Some((passed.parse().ok()?, failed.strip_suffix(" failed")?.parse().ok()?))
 }
 
@@ -114,8 +165,8 @@ mod tests {
 
     #[test]
     fn only_a_whole_summary_counts() {
-        assert_eq!(parse_summary("boot test: 19 passed, 0 failed"), Some((19, 0)));
-        assert_eq!(parse_summary("boot test: cannot begin: no module"), None);
-        assert_eq!(parse_summary("boot test: 19 passed, 0 fai"), None);
+        assert_eq!(parse_summary("boot test", "boot test: 19 passed, 0 failed"), Some((19, 0)));
+        assert_eq!(parse_summary("boot test", "boot test: cannot begin: no module"), None);
+        assert_eq!(parse_summary("boot test", "boot test: 19 passed, 0 fai"), None);
     }
 }

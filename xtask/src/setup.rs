@@ -31,10 +31,16 @@ const PACKAGES: &[(&str, &str)] = &[
     ("qemu-utils", "disk images"),
     ("e2fsprogs", "file systems of the lab and of the tests"),
     ("xfsprogs", "file systems of the tests"),
+    ("dmsetup", "volumes that the storage map is tried on"),
     ("fdisk", "partitions of the lab's disk"),
+    ("systemd", "its `systemd-analyze` looks at the probe's unit"),
     ("chromium", "a test looks at the page that `dom0-migrator report` makes"),
     ("fio", "what a disk can do, for `bench reload`"),
-    ("systemd", "systemd-analyze rates the units"),
+    ("dpkg-dev", "which libraries' packages a program needs, for `package`"),
+    ("lintian", "what Debian's policy says of the packages"),
+    ("man-db", "renders the man pages"),
+    ("mmdebstrap", "a Debian system in a directory, in which packages are installed"),
+    ("openssh-client", "`deploy`"),
     ("openssl", "a key to try the kernel module's signature with"),
 ];
 

@@ -1,30 +1,34 @@
 //! `cargo xtask test`: everything that must hold, from the sources' form to a migration between two hosts.
 
+mod bed;
 mod faults;
+mod guest_cases;
 mod lab_cases;
 mod licences;
+mod pvh_cases;
 mod units;
 mod unsafe_code;
 
 use std::process::Command;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail, ensure};
 
 use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
+use crate::ending::status_of_group;
 use crate::step::{run as run_program, step};
-use crate::{fuzz, mariadb, module_test, mysql, setup};
+use crate::{fuzz, mariadb, module_test, mysql, package, setup, volume_test};
 
 /// Run all tests.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Only these parts; all when none is named
+    /// Only these parts; all but `fuzz` and `pvh` when none is named
     #[arg(value_enum)]
     parts: Vec<Part>,
-    /// Of the lab's cases, only those with this in their names
-    #[arg(long, value_name = "TEXT")]
-    case: Option<String>,
+    /// Of the lab's cases, only those with this in their names; may be given more than once
+    #[arg(long = "case", value_name = "TEXT")]
+    cases: Vec<String>,
     /// Only the soak: a real mysqld under load with evictions, resizes and DDL, its listed frames compared with the disk at 50 random stops
     #[arg(long, conflicts_with = "parts")]
     soak: bool,
@@ -51,13 +55,30 @@ enum Part {
     Lint,
     /// Tests of all crates; those of `tests` attach to a real mysqld on this machine
     Native,
+    /// The packages: what is in them, what lintian says, whether they install and go without a trace
+    Package,
     /// Each fuzz target for a second under libFuzzer; only when it is named, since all has to be built anew for it. `native` replays the
     /// corpora and tries inputs a little other than those
     Fuzz,
     /// The kernel module in the kernels of three Debian releases, under QEMU
     Module,
-    /// Migrations between the two hosts of the lab
+    /// The storage map on volumes of the device mapper in a Debian kernel, under QEMU
+    Volume,
+    /// Migrations of a PV guest between the two hosts of the lab, Debian 12 with Xen 4.17
     Lab,
+    /// The same of a PVH guest, Debian 13 with Xen 4.20; only when it is named, for its migrations are slow under emulation
+    Pvh,
+}
+
+impl Part {
+    /// Its cases in a lab.
+    fn cases(self) -> &'static [bed::Case] {
+        match self {
+            Self::Lint | Self::Native | Self::Package | Self::Fuzz | Self::Module | Self::Volume => &[],
+            Self::Lab => &lab_cases::CASES,
+            Self::Pvh => &pvh_cases::CASES,
+        }
+    }
 }
 
 /// Runs the parts one after the other, all of them even when one fails.
@@ -76,21 +97,38 @@ pub fn run(args: &Args) -> Result<()> {
     if args.faults {
         return faults::run(args.write_table);
     }
-    let all = [Part::Lint, Part::Native, Part::Fuzz, Part::Module, Part::Lab];
+    let all = [
+        Part::Lint,
+        Part::Native,
+        Part::Package,
+        Part::Fuzz,
+        Part::Module,
+        Part::Volume,
+        Part::Lab,
+        Part::Pvh,
+    ];
+    let is_default = |part: &Part| !matches!(part, Part::Fuzz | Part::Pvh);
     let mut named = args.parts.clone();
     if args.module {
         named.push(Part::Module);
     }
-    let wanted = |part: &Part| if named.is_empty() { *part != Part::Fuzz } else { named.contains(part) };
-    let parts: Vec<Part> = all.into_iter().filter(wanted).collect();
+    let is_wanted = |part: &Part| if named.is_empty() { is_default(part) } else { named.contains(part) };
+    let parts: Vec<Part> = all.into_iter().filter(is_wanted).collect();
+    for only in &args.cases {
+        let has_it = |part: &Part| part.cases().iter().any(|(name, _)| name.contains(only));
+        ensure!(parts.iter().any(has_it), "no case of the lab has {only:?} in its name");
+    }
     let (mut passed, mut failed) = (0, Vec::new());
     for part in parts {
         let result = match part {
             Part::Lint => lint(),
             Part::Native => native(),
+            Part::Package => package::trial::run(),
             Part::Fuzz => fuzz::smoke(1),
             Part::Module => module_test::boot_test(),
-            Part::Lab => lab_cases::run(args.case.as_deref()),
+            Part::Volume => volume_test::run(),
+            Part::Lab => lab_cases::run(&args.cases),
+            Part::Pvh => pvh_cases::run(&args.cases),
         };
         match result {
             Ok(()) => passed += 1,
@@ -133,14 +171,13 @@ fn lint() -> Result<()> {
 /// besides are overflows, uninitialised bytes and leaks in it and in the fake kernel.
 fn miri() -> Result<()> {
     step("cargo miri test", || {
-        let status = Command::new("rustup")
-            .args(["run", &rust_src::toolchain(), "cargo", "miri", "test", "--locked"])
+        let mut miri = Command::new("rustup");
+        miri.args(["run", &rust_src::toolchain(), "cargo", "miri", "test", "--locked"])
             .args(["--package=kernel-module", "--test=xen", "--test=device"])
             // Thousands of runs each: hours in an interpreter.
             .args(["--", "--skip=add_checks_each_run", "--skip=any_bytes_in_any_order"])
-            .env("MIRIFLAGS", "-Zmiri-disable-isolation")
-            .status()
-            .context("cannot start rustup")?;
+            .env("MIRIFLAGS", "-Zmiri-disable-isolation");
+        let status = status_of_group(&mut miri)?;
         if !status.success() {
             bail!(
                 "cargo miri test ended with {status}; `rustup component add miri rust-src` may be what it wants"
@@ -155,11 +192,12 @@ fn native() -> Result<()> {
     let root = mysql::root()?;
     let mariadb = mariadb::root()?;
     step("cargo test", || {
-        let status = cargo()
-            .args(["test", "--workspace", "--locked", "--no-fail-fast"])
-            .env("POOLSKIP_MYSQL_ROOT", root)
-            .env("POOLSKIP_MARIADB_ROOT", mariadb)
-            .status()?;
+        let status = status_of_group(
+            cargo()
+                .args(["test", "--workspace", "--locked", "--no-fail-fast"])
+                .env("POOLSKIP_MYSQL_ROOT", root)
+                .env("POOLSKIP_MARIADB_ROOT", mariadb),
+        )?;
         if !status.success() {
             bail!("cargo test ended with {status}");
         }
@@ -172,11 +210,20 @@ fn soak(seconds: u64) -> Result<()> {
     ebpf::check()?;
     let root = mysql::root()?;
     step("soak", || {
-        let status = cargo()
-            .args(["test", "--locked", "--package=tests", "--test=soak", "--", "--ignored", "--nocapture"])
-            .env("POOLSKIP_MYSQL_ROOT", root)
-            .env("POOLSKIP_SOAK_SECONDS", seconds.to_string())
-            .status()?;
+        let status = status_of_group(
+            cargo()
+                .args([
+                    "test",
+                    "--locked",
+                    "--package=tests",
+                    "--test=soak",
+                    "--",
+                    "--ignored",
+                    "--nocapture",
+                ])
+                .env("POOLSKIP_MYSQL_ROOT", root)
+                .env("POOLSKIP_SOAK_SECONDS", seconds.to_string()),
+        )?;
         if !status.success() {
             bail!("the soak ended with {status}");
         }

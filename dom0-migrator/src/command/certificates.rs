@@ -12,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose, date_time_ymd,
 };
 
 use super::tls::{AUTHORITY, CERTIFICATE, KEY};
@@ -81,37 +81,102 @@ pub fn run(options: &CertificatesMake) -> u8 {
 /// # Errors
 /// [`CertificateError`].
 pub fn make(out: &Path, names: &[String]) -> Result<(), CertificateError> {
-    for name in names {
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '_');
-        if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
-            return Err(CertificateError::NotAName(name.clone()));
-        }
-    }
+    names.iter().try_for_each(|name| check_name(name))?;
     make_directory(out)?;
-    let failed = |source| CertificateError::Authority { path: out.to_owned(), source };
-    let (certificate_file, key_file) = (out.join(AUTHORITY), out.join(AUTHORITY_KEY));
-    let (certificate, key) = if key_file.exists() {
-        (read(&certificate_file)?, read(&key_file)?)
-    } else {
-        let key = KeyPair::generate().map_err(failed)?;
-        let certificate = authority().self_signed(&key).map_err(failed)?.pem();
-        write(&key_file, &key.serialize_pem(), 0o600)?;
-        write(&certificate_file, &certificate, 0o644)?;
-        (certificate, key.serialize_pem())
-    };
-    let key = KeyPair::from_pem(&key).map_err(failed)?;
-    let issuer = Issuer::from_ca_cert_pem(&certificate, key).map_err(failed)?;
+    let authority = Signer::open(out)?;
     for name in names {
         let bad = |source| CertificateError::Name { name: name.clone(), source };
         let key = KeyPair::generate().map_err(bad)?;
-        let host = host(name).map_err(bad)?.signed_by(&key, &issuer).map_err(bad)?;
-        let directory = out.join(name);
-        make_directory(&directory)?;
-        write(&directory.join(KEY), &key.serialize_pem(), 0o600)?;
-        write(&directory.join(CERTIFICATE), &host.pem(), 0o644)?;
-        write(&directory.join(AUTHORITY), &certificate, 0o644)?;
+        let host =
+            host(std::slice::from_ref(name)).map_err(bad)?.signed_by(&key, &authority.issuer).map_err(bad)?;
+        write_host(&out.join(name), &key.serialize_pem(), &host.pem(), &authority.certificate)?;
     }
     Ok(())
+}
+
+/// Whether a name can be a host's.
+///
+/// # Errors
+/// [`CertificateError::NotAName`].
+pub fn check_name(name: &str) -> Result<(), CertificateError> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | ':' | '_');
+    if name.is_empty() || name.starts_with('.') || !name.chars().all(plain) {
+        return Err(CertificateError::NotAName(name.to_owned()));
+    }
+    Ok(())
+}
+
+/// The authority in a directory.
+pub struct Signer {
+    /// Its certificate, as PEM.
+    pub certificate: String,
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Signer {
+    /// Reads the authority in a directory, or makes one where there is none.
+    ///
+    /// # Errors
+    /// [`CertificateError`].
+    pub fn open(directory: &Path) -> Result<Self, CertificateError> {
+        let failed = |source| CertificateError::Authority { path: directory.to_owned(), source };
+        let (certificate_file, key_file) = (directory.join(AUTHORITY), directory.join(AUTHORITY_KEY));
+        let (certificate, key) = if key_file.exists() {
+            (read(&certificate_file)?, read(&key_file)?)
+        } else {
+            make_directory(directory)?;
+            let key = KeyPair::generate().map_err(failed)?;
+            let certificate = authority().self_signed(&key).map_err(failed)?.pem();
+            write(&key_file, &key.serialize_pem(), 0o600)?;
+            write(&certificate_file, &certificate, 0o644)?;
+            (certificate, key.serialize_pem())
+        };
+        let key = KeyPair::from_pem(&key).map_err(failed)?;
+        let issuer = Issuer::from_ca_cert_pem(&certificate, key).map_err(failed)?;
+        Ok(Self { certificate, issuer })
+    }
+
+    /// Whether a directory has one.
+    pub fn is_there(directory: &Path) -> bool {
+        directory.join(AUTHORITY_KEY).exists()
+    }
+
+    /// A certificate for a key that is not here, as PEM: of the request only the key counts.
+    ///
+    /// # Errors
+    /// When the request is none, is not signed by its key, or a name cannot be put into a certificate.
+    pub fn sign(&self, request: &str, names: &[String]) -> Result<String, rcgen::Error> {
+        let mut request = CertificateSigningRequestParams::from_pem(request)?;
+        request.params = host(names)?;
+        Ok(request.signed_by(&self.issuer)?.pem())
+    }
+}
+
+/// A new key, and a request for a certificate for it, both as PEM.
+///
+/// # Errors
+/// When no key can be made.
+pub fn request(names: &[String]) -> Result<(String, String), rcgen::Error> {
+    let key = KeyPair::generate()?;
+    // Names and no more: what a certificate says beside them, its signer decides.
+    let request = CertificateParams::new(names)?.serialize_request(&key)?;
+    Ok((key.serialize_pem(), request.pem()?))
+}
+
+/// Writes what a host needs to a directory.
+///
+/// # Errors
+/// [`CertificateError::Io`].
+pub fn write_host(
+    directory: &Path,
+    key: &str,
+    certificate: &str,
+    authority: &str,
+) -> Result<(), CertificateError> {
+    make_directory(directory)?;
+    write(&directory.join(KEY), key, 0o600)?;
+    write(&directory.join(CERTIFICATE), certificate, 0o644)?;
+    write(&directory.join(AUTHORITY), authority, 0o644)
 }
 
 /// This year, near enough for a certificate's.
@@ -135,9 +200,10 @@ fn authority() -> CertificateParams {
     params
 }
 
-fn host(name: &str) -> Result<CertificateParams, rcgen::Error> {
+fn host(names: &[String]) -> Result<CertificateParams, rcgen::Error> {
+    let first = names.first().map_or("", String::as_str);
     // Addresses become addresses, other names DNS names.
-    let mut params = valid(CertificateParams::new(vec![name.to_owned()])?, name, HOST_YEARS);
+    let mut params = valid(CertificateParams::new(names)?, first, HOST_YEARS);
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
@@ -158,7 +224,10 @@ fn read(path: &Path) -> Result<String, CertificateError> {
 }
 
 /// Writes a file that only its owner, or everybody, may read, from the first byte on.
-fn write(path: &Path, text: &str, mode: u32) -> Result<(), CertificateError> {
+///
+/// # Errors
+/// [`CertificateError::Io`].
+pub fn write(path: &Path, text: &str, mode: u32) -> Result<(), CertificateError> {
     let _ = fs::remove_file(path);
     let file = File::options().create_new(true).write(true).mode(mode).open(path);
     file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(at(path))

@@ -8,9 +8,11 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::bundle::Compression;
 use super::connection::Transport;
 use super::pump::Bandwidth;
 use super::tls::{self, Identity, TlsError};
+use crate::control::CONNECTIONS_MAX;
 use crate::handover::record;
 
 /// Where the file lies.
@@ -31,6 +33,10 @@ pub struct Configuration {
     pub listen: Option<SocketAddr>,
     /// Bytes per second that a migration may send; `"0"` for no limit.
     pub bandwidth: Rate,
+    /// TCP connections over which the stream of a migration goes.
+    pub connections: u16,
+    /// How the stream is compressed.
+    pub compress: Compression,
     /// Seconds that the guest may take to publish its lists.
     pub wait_lists: u64,
 }
@@ -43,6 +49,8 @@ impl Default for Configuration {
             plain: false,
             listen: None,
             bandwidth: Rate(0),
+            connections: 4,
+            compress: Compression::Off,
             wait_lists: 30,
         }
     }
@@ -66,6 +74,14 @@ pub enum ConfigurationError {
         path: PathBuf,
         /// What is wrong, and where.
         source: Box<toml::de::Error>,
+    },
+    /// A number of connections that cannot be.
+    #[error("{path}: connections is {found}, 1 to {CONNECTIONS_MAX} are possible")]
+    Connections {
+        /// The file.
+        path: PathBuf,
+        /// What it says.
+        found: u16,
     },
     /// Without certificates, and not told to be plain.
     #[error(transparent)]
@@ -91,12 +107,17 @@ impl Configuration {
     /// Parses the text of the file at `path`.
     ///
     /// # Errors
-    /// [`ConfigurationError::Malformed`].
+    /// [`ConfigurationError::Malformed`], [`ConfigurationError::Connections`].
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigurationError> {
-        toml::from_str(text).map_err(|source| ConfigurationError::Malformed {
+        let read = toml::from_str::<Self>(text).map_err(|source| ConfigurationError::Malformed {
             path: path.to_owned(),
             source: Box::new(source),
-        })
+        })?;
+        if (1..=CONNECTIONS_MAX).contains(&read.connections) {
+            Ok(read)
+        } else {
+            Err(ConfigurationError::Connections { path: path.to_owned(), found: read.connections })
+        }
     }
 
     /// How connections are made, with what the command line says on top.
@@ -174,11 +195,14 @@ mod tests {
 
     #[test]
     fn the_example_has_every_key_with_a_comment_and_its_default() {
-        let example: Configuration = toml::from_str(EXAMPLE).unwrap();
+        assert_eq!(toml::from_str::<Configuration>(EXAMPLE).unwrap(), Configuration::default());
+        // Those without a default count as said.
+        let text = EXAMPLE.replace("\n#= ", "\n");
+        let example: Configuration = toml::from_str(&text).unwrap();
         let listen = Some("10.0.0.2:8002".parse().unwrap());
         assert_eq!(example, Configuration { listen, ..Configuration::default() });
         let keys = toml::Table::try_from(&example).unwrap();
-        let lines: Vec<&str> = EXAMPLE.lines().collect();
+        let lines: Vec<&str> = text.lines().collect();
         for key in keys.keys() {
             let at = lines.iter().position(|line| line.starts_with(&format!("{key} = "))).unwrap();
             assert!(lines[at - 1].starts_with("# "), "{key} has no comment");
@@ -192,6 +216,9 @@ mod tests {
         std::fs::write(&path, "bandwith = \"1G\"\n").unwrap();
         let error = Configuration::load(Some(&path)).unwrap_err().to_string();
         assert!(error.contains("bandwith"), "{error}");
+        std::fs::write(&path, "connections = 0\n").unwrap();
+        let error = Configuration::load(Some(&path)).unwrap_err().to_string();
+        assert!(error.contains("1 to 16"), "{error}");
         assert!(Configuration::load(Some(&directory.path().join("none"))).is_err());
     }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 
 use super::DEFAULT_PORT;
+use super::bundle::{BlocksReport, Bundle, Compression};
 use super::pump::{self, Bandwidth};
 use super::tls::Identity;
 use crate::control::{self, Connection, Greeting, LineError, Token, VERSION};
@@ -41,13 +42,21 @@ pub struct Transport {
     pub bandwidth: Option<Arc<Bandwidth>>,
 }
 
-/// A connection between the hosts: what is read and written here, and the TCP connection that carries it. They are the same
-/// socket where nothing stands between; else the first is one end of a socket pair.
+/// A connection between the hosts: what is read and written here, and what carries it.
 #[derive(Debug)]
 pub struct Wire {
     /// What is read and written.
     pub socket: TcpStream,
-    tcp: TcpStream,
+    carrier: Carrier,
+}
+
+/// What carries what is read and written.
+#[derive(Debug)]
+enum Carrier {
+    /// A TCP connection: the same socket, where nothing stands between; else the socket is one end of a socket pair.
+    One(TcpStream),
+    /// Several.
+    Several(Bundle),
 }
 
 impl Transport {
@@ -75,7 +84,7 @@ impl Transport {
         } else {
             tcp.try_clone()?
         };
-        Ok(Wire { socket, tcp })
+        Ok(Wire { socket, carrier: Carrier::One(tcp) })
     }
 }
 
@@ -85,9 +94,36 @@ impl Wire {
         self.socket
     }
 
+    /// Several as one: what is written goes in blocks, compressed as it is wanted, and comes out in order.
+    ///
+    /// # Errors
+    /// When there is no socket or no thread to be had.
+    pub fn of_several(lanes: Vec<Self>, compression: Compression) -> io::Result<Self> {
+        let (socket, bundle) = Bundle::start(lanes, compression)?;
+        Ok(Self { socket, carrier: Carrier::Several(bundle) })
+    }
+
     /// Bytes on the network, as the kernel counts them; 0 where it does not.
     pub fn carried(&self) -> Carried {
-        carried(&self.tcp).unwrap_or_default()
+        match &self.carrier {
+            Carrier::One(tcp) => carried(tcp).unwrap_or_default(),
+            Carrier::Several(bundle) => bundle.carried(),
+        }
+    }
+
+    /// What went in blocks, where it did.
+    pub fn blocks(&self) -> Option<BlocksReport> {
+        match &self.carrier {
+            Carrier::One(_) => None,
+            Carrier::Several(bundle) => Some(bundle.report()),
+        }
+    }
+
+    /// One that no network carries.
+    #[cfg(test)]
+    pub fn of_socket(socket: TcpStream) -> Self {
+        let carrier = Carrier::One(socket.try_clone().unwrap());
+        Self { socket, carrier }
     }
 
     /// Ends it in both directions.
@@ -106,12 +142,26 @@ pub fn connect(
     token: &Token,
     transport: &Transport,
 ) -> Result<Wire, LineError> {
+    connect_lane(target, connection, 0, token, transport)
+}
+
+/// Connects and greets, as one of several connections of a stream.
+///
+/// # Errors
+/// The last address's error.
+pub fn connect_lane(
+    target: &str,
+    connection: Connection,
+    lane: u16,
+    token: &Token,
+    transport: &Transport,
+) -> Result<Wire, LineError> {
     let host = target.rsplit_once(':').map_or(target, |(host, _)| host);
     let mut last = io::Error::new(io::ErrorKind::NotFound, "no address of that name");
     for address in target.to_socket_addrs()? {
         match transport.connect(&address, host) {
             Ok(mut wire) => {
-                let greeting = Greeting { poolskip: VERSION, connection, token: token.clone() };
+                let greeting = Greeting { poolskip: VERSION, connection, token: token.clone(), lane };
                 control::write_line(&mut wire.socket, &greeting)?;
                 return Ok(wire);
             }
@@ -239,7 +289,7 @@ mod tests {
         let (greeting, rest) = far.join().unwrap();
         assert_eq!((greeting.connection, rest), (Connection::Side, 3000));
         let greeted = serde_json::to_vec(&greeting).unwrap().len() as u64 + 1;
-        let carried = carried(&near.tcp).unwrap();
+        let carried = near.carried();
         // The closing of a side counts as one byte more.
         assert!((100..=101).contains(&carried.received), "{carried:?}");
         assert!((3000 + greeted..=3001 + greeted).contains(&carried.sent), "{carried:?}");

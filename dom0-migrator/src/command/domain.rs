@@ -59,6 +59,16 @@ pub fn find(store: &mut impl Store, wanted: &str) -> Result<Domain, DomainError>
     if found.id == DomainId(0) { Err(DomainError::Dom0) } else { Ok(found.clone()) }
 }
 
+/// Memory of a domain, as its toolstack wants it to be; 0 where that is not known.
+///
+/// # Errors
+/// [`StoreError`].
+pub fn memory_bytes(store: &mut impl Store, domain: DomainId) -> Result<u64, StoreError> {
+    let text = store.read_text(&format!("/local/domain/{domain}/memory/target"))?;
+    let kibibytes = text.and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or_default();
+    Ok(kibibytes.saturating_mul(1024))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -156,7 +156,7 @@ pub fn end_process(process: Process) -> Result<(), HostError> {
 }
 
 /// Takes the libraries' messages for this program's own log.
-struct Quiet;
+pub struct Quiet;
 
 impl Sink for Quiet {
     fn message(&self, _: Level, _: i32, context: &str, text: &str) {

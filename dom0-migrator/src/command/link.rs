@@ -1,16 +1,19 @@
-//! The source's three connections to the target, and asking it what became of a domain.
+//! The source's connections to the target, and asking it what became of a domain.
 
 use std::io::BufReader;
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
+use super::bundle::{self, BlocksReport, Compression};
 use super::connection::{self, Transport, Wire};
 use super::domain::Domain;
 use super::summary::WireBytes;
 use crate::control::{
-    self, Connection, FromSource, FromTarget, HelperKind, LineError, STREAM_VERSION, TargetOutcome, Token,
+    self, BlocksOffer, Connection, FromSource, FromTarget, HelperKind, LineError, STREAM_VERSION,
+    TargetOutcome, Token,
 };
 use crate::handover::Verdict;
+use crate::inquiry::Needs;
 
 /// How long the target may take to clean up and report.
 const TARGET: Duration = Duration::from_secs(120);
@@ -49,7 +52,20 @@ pub enum LinkError {
     System(#[from] std::io::Error),
 }
 
-/// The three connections.
+/// How a link is wanted.
+#[derive(Clone, Debug, Default)]
+pub struct Wanted {
+    /// How connections are made.
+    pub transport: Transport,
+    /// TCP connections of the stream.
+    pub connections: u16,
+    /// How the stream is compressed.
+    pub compression: Compression,
+    /// What the domain needs.
+    pub needs: Needs,
+}
+
+/// The connections: control, stream (one, or several as one) and side channel.
 pub struct Link {
     /// Where `receive` listens.
     pub target: String,
@@ -57,6 +73,8 @@ pub struct Link {
     pub token: Token,
     /// Why both sides run libxl's own helper, although the other was wanted.
     pub stock_because: Option<String>,
+    /// Why the stream goes over one connection, uncompressed, although something else was wanted.
+    pub one_because: Option<String>,
     control: Wire,
     lines: BufReader<TcpStream>,
     stream: Wire,
@@ -77,8 +95,9 @@ impl Link {
         domain: &Domain,
         helper: HelperKind,
         debug: bool,
-        transport: Transport,
+        wanted: Wanted,
     ) -> Result<Self, LinkError> {
+        let Wanted { transport, connections, compression, needs } = wanted;
         let at = |what| {
             let target = target.to_owned();
             move |source| LinkError::Target { what, target, source }
@@ -88,17 +107,38 @@ impl Link {
             .map_err(at("cannot reach"))?;
         let mut lines = connection::reader(&control.socket)?;
         control.socket.set_read_timeout(Some(ANSWER))?;
-        let start =
-            FromSource::Start { domain: domain.name.clone(), helper, stream_version: STREAM_VERSION, debug };
+        let offer = BlocksOffer { version: bundle::VERSION, connections: connections.max(1) };
+        let offer = (connections > 1 || compression != Compression::Off).then_some(offer);
+        let start = FromSource::Start {
+            domain: domain.name.clone(),
+            helper,
+            stream_version: STREAM_VERSION,
+            debug,
+            blocks: offer,
+            needs: Some(needs),
+        };
         control::write_line(&mut control.socket, &start).map_err(at("cannot talk to"))?;
-        let stock_because = match control::read_line(&mut lines).map_err(at("no answer from"))? {
-            FromTarget::Ready { stock_because } => stock_because,
+        let (stock_because, blocks) = match control::read_line(&mut lines).map_err(at("no answer from"))? {
+            FromTarget::Ready { stock_because, blocks } => (stock_because, blocks),
             FromTarget::Refused { reason } => return Err(refused(reason)),
             FromTarget::Finished(outcome) => return Err(refused(outcome.error.unwrap_or_default())),
-            FromTarget::Verdict(verdict) => return Err(refused(format!("it says {verdict:?} already"))),
+            other => return Err(refused(format!("it says {other:?} already"))),
         };
-        let stream = connection::connect(target, Connection::Stream, &token, &transport)
+        let granted = offer.and(blocks).map(|lanes| lanes.clamp(1, connections.max(1)));
+        let one_because = (offer.is_some() && granted.is_none()).then(|| {
+            format!("{target} does not know blocks of version {}: its release is another", bundle::VERSION)
+        });
+        let mut lanes = (0..granted.unwrap_or(1))
+            .map(|lane| connection::connect_lane(target, Connection::Stream, lane, &token, &transport))
+            .collect::<Result<Vec<_>, _>>()
             .map_err(at("cannot reach"))?;
+        let stream = match (granted, lanes.pop()) {
+            (None, Some(only)) => only,
+            (_, last) => {
+                lanes.extend(last);
+                Wire::of_several(lanes, compression)?
+            }
+        };
         let side =
             connection::connect(target, Connection::Side, &token, &transport).map_err(at("cannot reach"))?;
         Ok(Self {
@@ -109,6 +149,7 @@ impl Link {
             stream,
             side,
             stock_because,
+            one_because,
             transport,
             verdict: None,
             finished: None,
@@ -118,6 +159,11 @@ impl Link {
     /// What xl's stream goes through.
     pub fn stream(&self) -> &TcpStream {
         &self.stream.socket
+    }
+
+    /// What of the stream went in blocks.
+    pub fn blocks(&self) -> Option<BlocksReport> {
+        self.stream.blocks()
     }
 
     /// What the helpers talk over.

@@ -16,7 +16,7 @@ use super::configuration::{Configuration, ConfigurationError};
 use super::connection::Transport;
 use super::domain::{self, Domain, DomainError};
 use super::judge::{Ended, judge};
-use super::link::{self, Link, LinkError};
+use super::link::{self, Link, LinkError, Wanted};
 use super::metrics::Metrics;
 use super::observer::{Observed, Observer};
 use super::progress::{Progress, show_summary};
@@ -33,6 +33,7 @@ use crate::handoff::{HandoffError, Listener, Order};
 use crate::handover::record::{Process, Record, RecordError, Records};
 use crate::handover::{SourceEvent, SourceState};
 use crate::helper::policy::Limits;
+use crate::inquiry::Needs;
 use crate::lists::Requester;
 use crate::xen::release::Release;
 use crate::xenstore::{StoreError, Xenstore};
@@ -158,19 +159,33 @@ fn migrate(
     );
     let metrics = metrics.map_err(system("the port for metrics"))?;
     let token = Token::random().map_err(system("a random token"))?;
+    let mut store = Xenstore::open()?;
+    let disks = disks::survey(&mut store, domain.id)?;
+    let needs = Needs { memory_bytes: domain::memory_bytes(&mut store, domain.id)?, disks: disks.fixed };
+    let disks_refused = disks.refused;
     let mut link = Link::open(
         &connection::with_port(&options.target),
         token.clone(),
         &domain,
         helper,
         options.debug,
-        Transport { bandwidth: configuration.limit(options.bandwidth), ..transport.clone() },
+        Wanted {
+            transport: Transport { bandwidth: configuration.limit(options.bandwidth), ..transport.clone() },
+            connections: options.connections.unwrap_or(configuration.connections),
+            compression: options.compress.unwrap_or(configuration.compress),
+            needs,
+        },
     )?;
     if let Some(why) = &link.stock_because {
         tracing::warn!("a plain migration with libxl's own helper follows: {why}");
         helper = HelperKind::Stock;
     }
-    let disks_refused = disks::survey(&mut Xenstore::open()?, domain.id)?.refused;
+    if let Some(why) = &link.one_because {
+        tracing::warn!("the stream goes over one connection, as it is: {why}");
+    }
+    let asked = (helper == HelperKind::Poolskip && !options.no_references)
+        .then(|| AskedForLists::ask(&domain))
+        .flatten();
     let listener = Arc::new(Listener::bind()?);
     let order = Order {
         socket: true,
@@ -178,6 +193,7 @@ fn migrate(
         wait_lists_seconds: options.wait_lists.unwrap_or(configuration.wait_lists),
         debug: options.debug,
         limits: Limits { max_downtime_ms: options.max_downtime, on_stall: options.on_stall },
+        asked: asked.as_ref().map(|asked| asked.request),
         ..Order::default()
     };
     serve(&listener, &link, order, tell).map_err(system("handoff"))?;
@@ -194,6 +210,8 @@ fn migrate(
             return Err(system("xl migrate")(error));
         }
     };
+    // From here on the helper talks to the guest.
+    asked.into_iter().for_each(AskedForLists::hand_over);
     let process = Process::of(xl.pid());
     record.amend(|content| content.xl = process)?;
     let mut run = Run { xl, helper, observer, link: &mut link, record: &mut record, seen: Seen::default() };
@@ -230,6 +248,7 @@ fn migrate(
         error,
         total_seconds,
         wire,
+        stream: link.blocks(),
         save: saved,
         carried,
         disks_refused,
@@ -263,6 +282,38 @@ fn finish(record: &mut Record<SourceState>, transport: &Transport) -> Result<Sou
         let content = record.content();
         link::ask(&content.peer, &content.id, &content.domain, transport)
     })
+}
+
+/// A guest that makes its lists while xl starts. Told that it is over when this is dropped.
+struct AskedForLists<'a> {
+    domain: &'a Domain,
+    request: u64,
+    handed_over: bool,
+}
+
+impl<'a> AskedForLists<'a> {
+    /// Asks; what goes wrong the helper meets again, and says.
+    fn ask(domain: &'a Domain) -> Option<Self> {
+        let mut requester = Requester::new(Xenstore::open().ok()?, domain.id);
+        let request = requester
+            .request()
+            .inspect_err(|error| tracing::debug!(%error, "the helper will ask for the lists"))
+            .ok()?;
+        Some(Self { domain, request, handed_over: false })
+    }
+
+    /// Somebody else talks to the guest now.
+    fn hand_over(mut self) {
+        self.handed_over = true;
+    }
+}
+
+impl Drop for AskedForLists<'_> {
+    fn drop(&mut self) {
+        if !self.handed_over {
+            tell_guest(self.domain);
+        }
+    }
 }
 
 /// Tells the guest that its migration is over.

@@ -1,18 +1,25 @@
 //! The commands.
 
+mod as_xl;
+mod bundle;
 mod carry;
 mod certificates;
+mod check;
 mod child;
 pub mod configuration;
 mod connection;
+mod doctor;
 mod domain;
+mod evacuate;
 pub mod follow;
 mod host;
 mod judge;
 mod link;
+mod listening;
 mod metrics;
 mod migrate;
 mod observer;
+mod pair;
 mod progress;
 mod pump;
 mod receive;
@@ -27,9 +34,11 @@ mod status;
 mod strangers;
 mod summary;
 mod tls;
+mod toolstack;
 mod watch;
 pub mod xl_words;
 
+pub use bundle::{BlocksReport, Compression};
 pub use progress::Form as ProgressForm;
 pub use report::Report;
 pub use summary::{Outcome, Summary};
@@ -38,10 +47,11 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use configuration::{Configuration, Connecting, Rate};
 
+use crate::control::CONNECTIONS_MAX;
 use crate::helper::policy::{Limits, OnStall};
 
 /// Exit code: the domain runs at the target.
@@ -79,8 +89,16 @@ pub struct CommandLine {
 pub enum Command {
     /// Migrate a domain to a host where `receive` listens.
     Migrate(Migrate),
+    /// Say what a migration would be now, and what is in its way, by name; nothing is begun and nothing changed.
+    ///
+    /// Exit codes: 0 nothing is in the way; 1 it would go, with less by reference than could be; 2 it would not begin.
+    Check(Check),
     /// Receive domains.
     Receive(Receive),
+    /// Migrate every domain that can go to other hosts, by a plan that is shown first.
+    ///
+    /// Exit codes: 0 all are gone; 1 some stay; 2 nothing was begun; 3 interrupted; 4 one is in doubt, which `resolve` settles.
+    Evacuate(evacuate::Evacuate),
     /// Settle migrations that were cut off: find which side may run the domain, and make it so.
     Resolve(Resolve),
     /// Show the migrations of this host that are not over, or one of them.
@@ -92,8 +110,24 @@ pub enum Command {
     /// Certificates for the hosts, by which they know each other.
     #[command(subcommand)]
     Certificates(Certificates),
+    /// Have this host and another one know each other: certificates for both, over ssh.
+    Pair(pair::Pair),
     /// Make a page for a browser of a migration's report file.
     Report(Report),
+    /// Look whether this host can migrate, and whether it can migrate to another one; nothing is changed.
+    ///
+    /// Exit codes: 0 when nothing is missing, 1 when something is, 2 when the configuration cannot be read.
+    Doctor(doctor::Doctor),
+    /// Have the toolstack that is here go through Poolskip: `xl migrate`, or libvirt's driver for Xen.
+    Enable(toolstack::Enable),
+    /// Undo `enable`, without a trace.
+    Disable(toolstack::Disable),
+    /// What `xl migrate` becomes after `enable xl`.
+    #[command(hide = true)]
+    AsXl(as_xl::AsXl),
+    /// Write man pages or shell completions (for packages).
+    #[command(hide = true)]
+    Generate(manual::Generate),
     /// Carry xl's stream to the network (started by xl for `migrate`).
     #[command(hide = true)]
     Carry,
@@ -147,6 +181,40 @@ pub struct Migrate {
     /// Bytes per second that may be sent over all connections together, as in 100M; also while the domain stands still.
     #[arg(long, value_name = "RATE")]
     pub bandwidth: Option<Rate>,
+    /// TCP connections over which the stream goes [default: 4].
+    #[arg(long, value_name = "NUMBER", value_parser = connections())]
+    pub connections: Option<u16>,
+    /// Compress the stream, block by block; right on links that are slower than a processor [default: off].
+    #[arg(long, value_enum, value_name = "HOW")]
+    pub compress: Option<Compression>,
+    /// How to connect.
+    #[command(flatten)]
+    pub connecting: Connecting,
+}
+
+/// Options of `check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// Name or number of the domain.
+    pub domain: String,
+    /// Where `receive` listens: HOST or HOST:PORT (8002 when not given).
+    #[arg(value_name = "HOST[:PORT]")]
+    pub target: String,
+    /// As JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// TCP connections over which the link is tried out, as `migrate` has them [default: 4].
+    #[arg(long, value_name = "NUMBER", value_parser = connections())]
+    pub connections: Option<u16>,
+    /// Bytes per second that may be sent, as in 100M.
+    #[arg(long, value_name = "RATE")]
+    pub bandwidth: Option<Rate>,
+    /// Seconds that the guest may take to publish its lists [default: 30].
+    #[arg(long, value_name = "SECONDS")]
+    pub wait_lists: Option<u64>,
+    /// The downtime that `migrate` would be told.
+    #[arg(long, value_name = "MILLISECONDS", default_value_t = Limits::DEFAULT.max_downtime_ms)]
+    pub max_downtime: u64,
     /// How to connect.
     #[command(flatten)]
     pub connecting: Connecting,
@@ -155,7 +223,7 @@ pub struct Migrate {
 /// Options of `receive`.
 #[derive(Debug, Args)]
 pub struct Receive {
-    /// Address and port to listen on [default: the configuration's].
+    /// Address and port to listen on [default: the sockets that systemd passes, or else the configuration's].
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub listen: Option<SocketAddr>,
     /// How to be connected to.
@@ -184,6 +252,15 @@ pub struct Resolve {
 pub enum Certificates {
     /// Make a certificate for each host, and an authority that signs them if there is none in the directory yet.
     Make(CertificatesMake),
+    /// Make a key for this host, and print a request for its certificate (`pair` runs this on the other host).
+    #[command(hide = true)]
+    Request,
+    /// Sign a request with this host's authority (`cargo xtask deploy` runs this on the first host).
+    #[command(hide = true)]
+    Grant(pair::Grant),
+    /// Take a certificate into use that was requested before (`pair` runs this on the other host).
+    #[command(hide = true)]
+    Accept(pair::Accept),
 }
 
 /// Options of `certificates make`.
@@ -222,6 +299,11 @@ pub struct Cancel {
     pub migration: String,
 }
 
+/// How many connections a stream may have.
+fn connections() -> clap::builder::RangedI64ValueParser<u16> {
+    clap::value_parser!(u16).range(1..=i64::from(CONNECTIONS_MAX))
+}
+
 /// Does what the command line says.
 pub fn run(line: CommandLine) -> ExitCode {
     let CommandLine { config, command } = line;
@@ -229,9 +311,18 @@ pub fn run(line: CommandLine) -> ExitCode {
         Command::Report(options) => report::run(&options),
         // xl's own environment may be anything; this needs nothing but the command that it works for.
         Command::Carry => carry::run(),
+        Command::Enable(options) => toolstack::enable(&options),
+        Command::Disable(options) => toolstack::disable(&options),
+        Command::Generate(options) => match manual::generate(CommandLine::command(), &options) {
+            Ok(()) => EXIT_MIGRATED,
+            Err(error) => {
+                eprintln!("dom0-migrator: {error}");
+                EXIT_FAILED
+            }
+        },
         Command::Certificates(Certificates::Make(options)) => certificates::run(&options),
         command => match Configuration::load(config.as_deref()) {
-            Ok(configuration) => run_configured(command, &configuration),
+            Ok(configuration) => run_configured(command, &configuration, config.as_ref()),
             Err(error) => {
                 eprintln!("dom0-migrator: {error}");
                 EXIT_NOT_BEGUN
@@ -241,15 +332,28 @@ pub fn run(line: CommandLine) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn run_configured(command: Command, configuration: &Configuration) -> u8 {
+fn run_configured(command: Command, configuration: &Configuration, file: Option<&PathBuf>) -> u8 {
     let records = Some(configuration.records.as_path());
     match command {
         Command::Migrate(options) => migrate::run(&options, configuration),
+        Command::Check(options) => check::run(&options, configuration),
         Command::Receive(options) => receive::run(&options, configuration),
         Command::Resolve(options) => resolve::run(&options, configuration),
         Command::Status(options) => status::status(&options, records),
         Command::List(options) => status::list(&options, records),
         Command::Cancel(options) => status::cancel(&options, records),
-        Command::Carry | Command::Certificates(_) | Command::Report(_) => EXIT_NOT_BEGUN,
+        Command::Evacuate(options) => evacuate::run(&options, configuration, file),
+        Command::Doctor(options) => doctor::run(&options, configuration),
+        Command::Pair(options) => pair::run(&options, configuration),
+        Command::Certificates(Certificates::Request) => pair::request(configuration),
+        Command::Certificates(Certificates::Grant(options)) => pair::grant(&options),
+        Command::Certificates(Certificates::Accept(options)) => pair::accept(&options, configuration),
+        Command::AsXl(options) => as_xl::run(&options, configuration),
+        Command::Carry
+        | Command::Certificates(_)
+        | Command::Disable(_)
+        | Command::Enable(_)
+        | Command::Generate(_)
+        | Command::Report(_) => EXIT_NOT_BEGUN,
     }
 }

@@ -193,7 +193,10 @@ impl Observed {
             wire_bytes: summary.wire_bytes,
             stock_bytes: match summary.helper {
                 HelperKind::Poolskip => stock_bytes,
-                HelperKind::Stock => Some(summary.wire_bytes),
+                // What was compressed counts as what it was.
+                HelperKind::Stock => Some(summary.stream.as_ref().map_or(summary.wire_bytes, |stream| {
+                    (summary.wire_bytes + stream.bytes_before).saturating_sub(stream.bytes_after)
+                })),
             },
             settings: settings(options),
             versions: versions(),

@@ -22,6 +22,24 @@ const LIMITED: u16 = 5;
 /// Pumps that still have something to pass on.
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
 
+/// Something that still has to be passed on, for as long as this lives.
+#[derive(Debug)]
+pub struct Passing(());
+
+impl Passing {
+    /// One more.
+    pub fn begin() -> Self {
+        RUNNING.fetch_add(1, Ordering::AcqRel);
+        Self(())
+    }
+}
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        RUNNING.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 /// Waits until everything is passed on and every connection closed, not for long: the peer may not close its own.
 pub fn drain(patience: Duration) {
     let until = Instant::now() + patience;
@@ -159,19 +177,15 @@ pub fn start(
         }
         None => Layer::Plain { out: Vec::new() },
     };
-    RUNNING.fetch_add(1, Ordering::AcqRel);
-    let spawned = std::thread::Builder::new().name("pump".into()).spawn(move || {
+    let passing = Passing::begin();
+    std::thread::Builder::new().name("pump".into()).spawn(move || {
+        let _passing = passing;
         if let Err(error) = pass(&tcp, &near, layer, bandwidth.as_deref()) {
             tracing::debug!(%error, "a connection ended");
         }
         let _ = tcp.shutdown(Shutdown::Both);
         let _ = near.shutdown(Shutdown::Both);
-        RUNNING.fetch_sub(1, Ordering::AcqRel);
-    });
-    if let Err(error) = spawned {
-        RUNNING.fetch_sub(1, Ordering::AcqRel);
-        return Err(error);
-    }
+    })?;
     Ok(far)
 }
 

@@ -6,30 +6,35 @@
 use std::collections::BTreeSet;
 use std::collections::btree_map::{BTreeMap, Entry};
 use std::io::{self, BufReader};
-use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::AsFd;
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 
-use super::configuration::Configuration;
+use super::bundle::{self, Compression};
+use super::check::answer;
+use super::configuration::{Configuration, Connecting};
 use super::connection::{Transport, Wire};
 use super::domain::{self, INCOMING};
+use super::listening::Listening;
 use super::pump;
 use super::session::{self, Happening, Session};
 use super::settle;
 use super::strangers::{Stranger, Strangers};
 use super::tls::Deadlined;
-use super::{EXIT_FAILED, EXIT_MIGRATED, EXIT_NOT_BEGUN, Receive, connection, signals};
+use super::{EXIT_FAILED, EXIT_MIGRATED, EXIT_NOT_BEGUN, Receive, connection, doctor, signals};
 use crate::control::{
-    self, Connection, FromSource, FromTarget, HelperKind, LineError, STREAM_VERSION, TargetOutcome, Token,
-    VERSION,
+    self, BlocksOffer, CONNECTIONS_MAX as CONNECTIONS_OF_STREAM, Connection, FromSource, FromTarget,
+    HelperKind, LineError, STREAM_VERSION, TargetOutcome, Token, VERSION,
 };
+use crate::examination::{self, Question};
 use crate::handover::record::{RecordError, Records};
 use crate::handover::{TargetEvent, TargetState, Verdict};
+use crate::inquiry::{DISKS_MAX, Inquiry, Needs};
 use crate::xen::DomainId;
 use crate::xen::release::Release;
 use crate::xenstore::{StoreError, Xenstore};
@@ -76,6 +81,13 @@ enum ReceiveError {
     Leftover { name: String, id: DomainId },
     #[error("a domain {name} is here already, as domain {id}")]
     Exists { name: String, id: DomainId },
+    #[error(
+        "{} MiB of memory are free here, the domain needs {}: `xl mem-set` makes room, of dom0's own memory too",
+        free >> 20, needed >> 20
+    )]
+    Memory { free: u64, needed: u64 },
+    #[error("a disk of the domain is not here: {}: {source}", path.display())]
+    Disk { path: PathBuf, source: io::Error },
     #[error("the source did not begin with what it wants")]
     NoStart,
     #[error("this host is about to stop receiving")]
@@ -92,11 +104,16 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> ReceiveError {
     move |source| ReceiveError::System { what, source }
 }
 
+/// A connection that belongs to a session: which, which of several, and itself.
+type Partner = (Connection, u16, Wire);
+
 /// What all sessions share.
 struct Shared {
+    configuration: Configuration,
+    connecting: Connecting,
     records: Records,
     transport: Transport,
-    waiting: Mutex<BTreeMap<Token, Sender<(Connection, Wire)>>>,
+    waiting: Mutex<BTreeMap<Token, Sender<Partner>>>,
     /// The sessions of now, for whoever asks about one.
     running: Mutex<BTreeMap<Token, Sender<Happening>>>,
     names: Mutex<BTreeSet<String>>,
@@ -117,8 +134,9 @@ pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
         eprintln!("dom0-migrator: {error}");
         EXIT_NOT_BEGUN
     };
-    let Some(listen) = options.listen.or(configuration.listen) else {
-        return failed(&"where to listen? `--listen ADDRESS:PORT`, or `listen` in the configuration");
+    let listening = match Listening::open(options.listen, configuration.listen) {
+        Ok(listening) => listening,
+        Err(error) => return failed(&error),
     };
     let transport = match configuration.transport(&options.connecting) {
         Ok(transport) => transport,
@@ -129,6 +147,8 @@ pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
         Err(error) => return failed(&error),
     };
     let shared = Arc::new(Shared {
+        configuration: configuration.clone(),
+        connecting: options.connecting.clone(),
         records,
         transport,
         waiting: Mutex::default(),
@@ -147,20 +167,18 @@ pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
             shared.ending.store(true, Ordering::Release);
         })
     };
-    let listening = on_signal.and_then(|()| TcpListener::bind(listen));
-    let listener = match listening {
-        Ok(listener) => listener,
-        Err(error) => return failed(&format!("cannot listen on {listen}: {error}")),
-    };
+    if let Err(error) = on_signal {
+        return failed(&format!("signals: {error}"));
+    }
     shared.records.prune();
     settle_all(&shared.records, None);
     let encrypted = shared.transport.identity.is_some();
-    tracing::info!(address = %listen, encrypted, "ready to receive domains");
+    tracing::info!(address = %listening.addresses(), encrypted, "ready to receive domains");
     while !shared.ending.load(Ordering::Acquire) {
         if options.once && lock(&shared.finished).is_some() {
             break;
         }
-        accept(&listener, &shared);
+        accept(&listening, &shared);
     }
     while shared.sessions.load(Ordering::Acquire) > 0 {
         std::thread::sleep(TICK);
@@ -196,13 +214,9 @@ fn settle_all(records: &Records, name: Option<&str>) {
 }
 
 /// Waits a while for a connection.
-fn accept(listener: &TcpListener, shared: &Arc<Shared>) {
-    let mut waiting = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+fn accept(listening: &Listening, shared: &Arc<Shared>) {
     let timeout = PollTimeout::try_from(TICK).unwrap_or(PollTimeout::MAX);
-    if !matches!(poll(&mut waiting, timeout), Ok(1..)) {
-        return;
-    }
-    let Ok((stream, from)) = listener.accept() else { return };
+    let Some((stream, from)) = listening.accept(timeout) else { return };
     let stranger = match shared.strangers.admit(&stream) {
         Ok((stranger, one_went)) => {
             if one_went {
@@ -245,6 +259,7 @@ fn greet(
         return Err(error);
     }
     match greeting.connection {
+        Connection::Probe => answer::take_link(&mut wire.socket).map_err(system("a link that is tried out")),
         Connection::Control => {
             let others = shared.conversations.fetch_add(1, Ordering::AcqRel);
             let done = if others < CONVERSATIONS_MAX {
@@ -260,7 +275,7 @@ fn greet(
             wire.socket.set_write_timeout(None).map_err(system("connection"))?;
             if let Some(session) = lock(&shared.waiting).get(&greeting.token) {
                 // A session that has ended does not want it any more.
-                let _ = session.send((other, wire));
+                let _ = session.send((other, greeting.lane, wire));
             }
             Ok(())
         }
@@ -287,10 +302,11 @@ fn converse(
         control::read_line(&mut timed)?
     };
     let lines = connection::reader(&wire.socket).map_err(system("control connection"))?;
-    let (domain, helper, compare, stock_because) = match first {
-        FromSource::Start { domain, helper, stream_version, debug } => {
+    let (domain, helper, compare, stock_because, blocks, needs) = match first {
+        FromSource::Start { domain, helper, stream_version, debug, blocks, needs } => {
             let why = (helper == HelperKind::Poolskip).then(|| stock_because(stream_version)).flatten();
-            (domain, if why.is_some() { HelperKind::Stock } else { helper }, debug, why)
+            let helper = if why.is_some() { HelperKind::Stock } else { helper };
+            (domain, helper, debug, why, granted(blocks), needs.unwrap_or_default())
         }
         FromSource::Ask { id, domain } => {
             let answer = answer(&id, &domain, shared);
@@ -298,6 +314,16 @@ fn converse(
             let said = match answer {
                 Ok(verdict) => FromTarget::Verdict(verdict),
                 Err(error) => FromTarget::Refused { reason: error.to_string() },
+            };
+            return Ok(control::write_line(&mut wire.socket, &said)?);
+        }
+        FromSource::Examine(question) => return examine(&mut wire, lines, from, question, shared),
+        FromSource::Check(inquiry) => {
+            tracing::info!(%from, domain = inquiry.domain, "asked what a migration would be");
+            let refused = stands_in_the_way(&inquiry, here, shared).err().map(|error| error.to_string());
+            let said = match answer::answer(&inquiry, refused, stock_because(inquiry.stream_version)) {
+                Ok(findings) => FromTarget::Checked(Box::new(findings)),
+                Err(reason) => FromTarget::Refused { reason },
             };
             return Ok(control::write_line(&mut wire.socket, &said)?);
         }
@@ -314,6 +340,7 @@ fn converse(
     lock(&shared.waiting).insert(token.clone(), partner);
     shared.sessions.fetch_add(1, Ordering::AcqRel);
     let done = Claim::new(&domain, here, shared).and_then(|claim| {
+        has(&needs)?;
         let record = shared.records.begin(token, TargetState::Receiving, &domain, None, &from.to_string())?;
         Ok((claim, record))
     });
@@ -321,9 +348,9 @@ fn converse(
         Ok((claim, record)) => {
             tracing::info!(domain, ?helper, compare, "a domain comes");
             let record = Arc::new(Mutex::new(record));
-            let begun = control::write_line(&mut wire.socket, &FromTarget::Ready { stock_because })
+            let begun = control::write_line(&mut wire.socket, &FromTarget::Ready { stock_because, blocks })
                 .map_err(ReceiveError::from)
-                .and_then(|()| both(&partners));
+                .and_then(|()| stream_and_side(&partners, blocks));
             match begun {
                 Ok((stream, side)) => {
                     let _ = wire.socket.set_read_timeout(None);
@@ -356,6 +383,21 @@ fn converse(
     lock(&shared.running).remove(token);
     shared.sessions.fetch_sub(1, Ordering::AcqRel);
     done
+}
+
+/// A control connection of another host's `doctor`.
+fn examine(
+    wire: &mut Wire,
+    mut lines: BufReader<TcpStream>,
+    from: SocketAddr,
+    question: Question,
+    shared: &Shared,
+) -> Result<(), ReceiveError> {
+    tracing::info!(%from, "this host is examined");
+    wire.socket.set_read_timeout(Some(QUESTION)).map_err(system("control connection"))?;
+    wire.socket.set_write_timeout(Some(QUESTION)).map_err(system("control connection"))?;
+    let host = || doctor::host(&shared.configuration, &shared.connecting);
+    Ok(examination::attend(question, &mut lines, &mut wire.socket, &host)?)
 }
 
 /// Why this program's helper cannot run here with the source's.
@@ -416,28 +458,62 @@ struct Claim<'a> {
 impl<'a> Claim<'a> {
     /// `same_host`: the source is this host, so that the domain itself is here.
     fn new(name: &str, same_host: bool, shared: &'a Shared) -> Result<Self, ReceiveError> {
-        let plausible = !name.is_empty() && name.len() <= NAME_MAX && !name.contains(['/', '\0', '\n']);
-        if !plausible {
-            return Err(ReceiveError::Name(name.chars().take(NAME_MAX).collect()));
-        }
-        if shared.ending.load(Ordering::Acquire) {
-            return Err(ReceiveError::Ending);
-        }
+        plausible(name, shared)?;
         if !lock(&shared.names).insert(name.to_owned()) {
             return Err(ReceiveError::Busy(name.to_owned()));
         }
         let claim = Self { name: name.to_owned(), shared };
         settle_all(&shared.records, Some(name));
-        for found in domain::all(&mut Xenstore::open()?)? {
-            if found.name == format!("{name}{INCOMING}") {
-                return Err(ReceiveError::Leftover { name: claim.name.clone(), id: found.id });
-            }
-            if found.name == name && !same_host {
-                return Err(ReceiveError::Exists { name: claim.name.clone(), id: found.id });
-            }
-        }
+        not_here(name, same_host)?;
         Ok(claim)
     }
+}
+
+/// A name that a domain can have, when there is time for one.
+fn plausible(name: &str, shared: &Shared) -> Result<(), ReceiveError> {
+    let plausible = !name.is_empty() && name.len() <= NAME_MAX && !name.contains(['/', '\0', '\n']);
+    if !plausible {
+        return Err(ReceiveError::Name(name.chars().take(NAME_MAX).collect()));
+    }
+    if shared.ending.load(Ordering::Acquire) { Err(ReceiveError::Ending) } else { Ok(()) }
+}
+
+/// That no domain of the name is here, neither whole nor half.
+fn not_here(name: &str, same_host: bool) -> Result<(), ReceiveError> {
+    for found in domain::all(&mut Xenstore::open()?)? {
+        if found.name == format!("{name}{INCOMING}") {
+            return Err(ReceiveError::Leftover { name: name.to_owned(), id: found.id });
+        }
+        if found.name == name && !same_host {
+            return Err(ReceiveError::Exists { name: name.to_owned(), id: found.id });
+        }
+    }
+    Ok(())
+}
+
+/// That this host has what a domain needs. What xl does not tell is for it to find out.
+fn has(needs: &Needs) -> Result<(), ReceiveError> {
+    for path in needs.disks.iter().take(DISKS_MAX) {
+        std::fs::metadata(path).map_err(|source| ReceiveError::Disk { path: path.clone(), source })?;
+    }
+    if needs.memory_bytes > 0
+        && let (Some(free), false) = answer::free_memory()
+        && free < needs.memory_bytes
+    {
+        return Err(ReceiveError::Memory { free, needed: needs.memory_bytes });
+    }
+    Ok(())
+}
+
+/// Whether a domain would be received; nothing is claimed, and nothing that was cut off is settled.
+fn stands_in_the_way(inquiry: &Inquiry, same_host: bool, shared: &Shared) -> Result<(), ReceiveError> {
+    let name = &inquiry.domain;
+    plausible(name, shared)?;
+    if lock(&shared.names).contains(name) {
+        return Err(ReceiveError::Busy(name.to_owned()));
+    }
+    not_here(name, same_host)?;
+    has(&inquiry.needs)
 }
 
 impl Drop for Claim<'_> {
@@ -446,18 +522,35 @@ impl Drop for Claim<'_> {
     }
 }
 
-/// Waits for the other two connections.
-fn both(partners: &Receiver<(Connection, Wire)>) -> Result<(Wire, Wire), ReceiveError> {
-    let (mut stream, mut side) = (None, None);
-    loop {
-        match (stream, side) {
-            (Some(stream), Some(side)) => return Ok((stream, side)),
-            (have_stream, have_side) => (stream, side) = (have_stream, have_side),
-        }
-        let missing = if stream.is_none() { Connection::Stream } else { Connection::Side };
+/// Over how many connections a stream may come in blocks; none, where the source does not offer it or has blocks of another version.
+fn granted(offer: Option<BlocksOffer>) -> Option<u16> {
+    let BlocksOffer { version, connections } = offer?;
+    (version == bundle::VERSION).then(|| connections.clamp(1, CONNECTIONS_OF_STREAM))
+}
+
+/// Waits for the other connections: the stream's, in blocks over so many or as it is over one, and the side channel.
+fn stream_and_side(partners: &Receiver<Partner>, blocks: Option<u16>) -> Result<(Wire, Wire), ReceiveError> {
+    let mut lanes: Vec<Option<Wire>> = Vec::new();
+    lanes.resize_with(usize::from(blocks.unwrap_or(1)), || None);
+    let mut side = None;
+    while side.is_none() || lanes.iter().any(Option::is_none) {
+        let missing = if side.is_none() { Connection::Side } else { Connection::Stream };
         match partners.recv_timeout(PARTNERS).map_err(|_| ReceiveError::Partner(missing))? {
-            (Connection::Side, connection) => side = Some(connection),
-            (_, connection) => stream = Some(connection),
+            (Connection::Side, _, wire) => side = Some(wire),
+            (_, lane, wire) => {
+                // One that nobody waits for is closed.
+                if let Some(place) = lanes.get_mut(usize::from(lane)) {
+                    *place = Some(wire);
+                }
+            }
         }
     }
+    let lost = || ReceiveError::Partner(Connection::Stream);
+    let mut lanes: Vec<Wire> = lanes.into_iter().flatten().collect();
+    let stream = match blocks {
+        // What goes back is a few words.
+        Some(_) => Wire::of_several(lanes, Compression::Off).map_err(system("the stream's connections"))?,
+        None => lanes.pop().ok_or_else(lost)?,
+    };
+    Ok((stream, side.ok_or_else(lost)?))
 }

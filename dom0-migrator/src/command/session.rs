@@ -251,7 +251,12 @@ impl Run<'_> {
         match happening {
             Happening::Source(FromSource::Given) => self.take_over()?,
             Happening::Source(FromSource::GaveUp) => self.give_up("the source gave up", GRACE)?,
-            Happening::Source(FromSource::Start { .. } | FromSource::Ask { .. }) => {
+            Happening::Source(
+                FromSource::Start { .. }
+                | FromSource::Ask { .. }
+                | FromSource::Check(_)
+                | FromSource::Examine(_),
+            ) => {
                 self.give_up("the source said something out of turn", GRACE)?;
             }
             Happening::SourceGone => self.give_up("the connection to the source is gone", GRACE)?,
@@ -386,12 +391,13 @@ fn attend(
         return Err(HandoffError::Closed("its hello"));
     };
     *lock(&heard.domain) = domain;
-    if let Err(error) = lock(record).amend(|content| content.domain_id = domain) {
-        tracing::warn!(%error, "the domain's number is not in the record");
-    }
     let own_disks = lock(&heard.disks).clone();
     peer.order(&Order { socket: side.is_some(), own_disks, ..order.clone() }, side.as_ref())?;
     drop(side);
+    // After the order: it takes the disk's time, and until then the record has the name.
+    if let Err(error) = lock(record).amend(|content| content.domain_id = domain) {
+        tracing::warn!(%error, "the domain's number is not in the record");
+    }
     while let Some(event) = peer.hear()? {
         if let Event::Restored(report) = event {
             *lock(&heard.restored) = Some(*report);

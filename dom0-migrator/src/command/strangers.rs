@@ -69,7 +69,7 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let all = Arc::new(Strangers::default());
         let mut inside = Vec::new();
-        let mut connect = || {
+        let connect = || {
             let near = TcpStream::connect(address).unwrap();
             let (far, _) = listener.accept().unwrap();
             let (stranger, one_went) = all.admit(&far).unwrap();

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::bundle::{BlocksReport, Compression};
 use crate::control::{HelperKind, TargetOutcome};
 use crate::disks::RefusedDisk;
 use crate::lists::ListsReport;
@@ -59,6 +60,8 @@ pub struct Summary {
     pub wire_bytes: u64,
     /// The same by connection.
     pub wire: WireBytes,
+    /// The stream in blocks; null when it went over one connection as it is.
+    pub stream: Option<BlocksReport>,
     /// Passes over memory. For the stock helper, told from frame numbers that go down (may be too few).
     pub rounds: Option<u32>,
     /// Pages whose content went over the network, once each time; those sent to be compared not counted.
@@ -110,6 +113,8 @@ pub struct Parts {
     pub total_seconds: f64,
     /// Bytes over the network.
     pub wire: WireBytes,
+    /// The stream in blocks.
+    pub stream: Option<BlocksReport>,
     /// The source's helper's report.
     pub save: Option<SaveReport>,
     /// The carrier's report.
@@ -130,6 +135,7 @@ impl Summary {
             error,
             total_seconds,
             wire,
+            stream,
             save,
             carried,
             disks_refused,
@@ -146,6 +152,7 @@ impl Summary {
             total_seconds,
             wire_bytes: wire.total(),
             wire,
+            stream,
             rounds: save.map(|save| save.rounds).or(passed.map(|passed| passed.rounds)),
             pages_sent: saved(|save| save.pages_sent).or(passed.map(|passed| passed.sent)),
             pages_zero: saved(|save| save.pages_zero),
@@ -174,7 +181,7 @@ impl Summary {
 }
 
 /// Bytes, as people read them.
-fn bytes(count: u64) -> String {
+pub fn bytes(count: u64) -> String {
     match count {
         0..10_000 => format!("{count} B"),
         10_000..10_000_000 => format!("{:.1} kB", count as f64 / 1e3),
@@ -194,6 +201,17 @@ impl fmt::Display for Summary {
         }
         row("time", format!("{:.1} s", self.total_seconds))?;
         row("on the wire", bytes(self.wire_bytes))?;
+        if let Some(BlocksReport { connections, compression, chosen, bytes_before, bytes_after }) =
+            &self.stream
+        {
+            row("connections", connections.to_string())?;
+            if *compression != Compression::Off {
+                row("compressed", format!("{} to {}", bytes(*bytes_before), bytes(*bytes_after)))?;
+            }
+            if let Some(chosen) = chosen {
+                row("  chosen", chosen.clone())?;
+            }
+        }
         row("passes", count(self.rounds.map(u64::from)))?;
         row("pages sent", count(self.pages_sent))?;
         row("zero pages", count(self.pages_zero))?;
@@ -238,6 +256,7 @@ mod tests {
             error: None,
             total_seconds: 1.5,
             wire: WireBytes { stream: 100, side: 20, control: 3 },
+            stream: None,
             save,
             carried: Some(CarriedReport {
                 pages: Some(CarriedPages { sent: 9, verified: 0, rounds: 2 }),

@@ -17,8 +17,11 @@ pub struct DiskName {
 /// Settings of either filter; each takes what concerns it.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Source: bytes of referenced pages kept until their references are settled. When it is full, pages go raw.
+    /// Source: bytes of referenced pages kept until their references are settled, and of pages that were copied since the wire is
+    /// behind. When it is full, pages go raw as long as the wire is not behind, or else wait.
     pub window_bytes: u64,
+    /// Source: bytes that may wait for the wire before it counts as behind: what follows is then copied, and overtaken by references.
+    pub ahead_bytes: u64,
     /// Source: whether pages may go by reference at all; zero markers and run markers are used either way.
     pub references: bool,
     /// Source: whether VERIFY will come, so that pages written after the suspension have to be told apart.
@@ -58,6 +61,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             window_bytes: 256 << 20,
+            ahead_bytes: 12 << 20,
             references: true,
             compare: false,
             reference_passes: 1,

@@ -1,13 +1,15 @@
 //! The thread that writes a filter's output, behind the filter's own.
 //!
-//! What the filter sends is written in the order in which it was sent, so the filter's order stays the order of truth. The channel is
-//! bounded in parcels, and what they hold in bytes by the pools that it comes from: so the wire has something to send while
-//! the filter thinks, and the filter waits when the wire is that far behind.
+//! What the filter sends is written in the order in which it was sent, so the filter's order stays the order of truth; but for parcels that
+//! are sent [first](Outlet::send_first): these overtake all that was sent since the last [fence](Outlet::fence), and no more. So the wire
+//! has something to send while the filter thinks, what is short and urgent does not wait behind it, and the filter waits when
+//! the wire is too far behind: the parcels are bounded in number here, and in bytes by whoever sends them.
 
+use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -17,20 +19,22 @@ use super::error::EngineError;
 use super::pool::Buffer;
 use super::xen_stream::{PAGE, ZERO_PAGE};
 
-/// Parcels on their way at most.
-const BEHIND: usize = 64;
-
-/// Where a parcel's pages lie.
+/// Where a parcel's pages lie: in one part, or in several.
 pub trait Body: Send + 'static {
-    /// All of its bytes.
-    fn bytes(&self) -> &[u8];
+    /// All bytes of a part; the first has the number 0. None of one that is not there.
+    fn part(&self, number: usize) -> &[u8];
 }
 
 /// A piece of what is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Piece {
-    /// Bytes of the parcel's body.
-    Body(Range<usize>),
+    /// Bytes of a part of the parcel's body.
+    Body {
+        /// The part.
+        part: usize,
+        /// Which of its bytes.
+        range: Range<usize>,
+    },
     /// So many pages of zeros.
     Zeros(usize),
 }
@@ -52,7 +56,7 @@ impl<B: Body, T> Parcel<B, T> {
     /// Bytes that will be written.
     pub fn length(&self) -> u64 {
         let of_one = |piece: &Piece| match piece {
-            Piece::Body(range) => range.len(),
+            Piece::Body { range, .. } => range.len(),
             Piece::Zeros(pages) => pages * PAGE,
         };
         (self.head.len() + self.pieces.iter().map(of_one).sum::<usize>()) as u64
@@ -63,48 +67,142 @@ impl<B: Body, T> Parcel<B, T> {
         Self { head, pieces: Vec::new(), body: None, then: None }
     }
 
-    /// Bytes, and all of a body.
+    /// Bytes, and all of a body that has one part.
     pub fn whole(head: Vec<u8>, body: B) -> Self {
-        let pieces = vec![Piece::Body(0..body.bytes().len())];
+        let pieces = vec![Piece::Body { part: 0, range: 0..body.part(0).len() }];
         Self { head, pieces, body: Some(body), then: None }
+    }
+}
+
+/// What is sent between two fences.
+#[derive(Debug)]
+struct Epoch<P> {
+    first: VecDeque<P>,
+    rest: VecDeque<P>,
+}
+
+impl<P> Default for Epoch<P> {
+    fn default() -> Self {
+        Self { first: VecDeque::new(), rest: VecDeque::new() }
+    }
+}
+
+/// What waits to be written.
+#[derive(Debug)]
+struct Waiting<P> {
+    /// Never empty; only the last one is sent to.
+    epochs: VecDeque<Epoch<P>>,
+    parcels: usize,
+    /// No more will be sent.
+    over: bool,
+    /// Nobody writes any more.
+    gone: bool,
+}
+
+impl<P> Waiting<P> {
+    fn new() -> Self {
+        Self { epochs: VecDeque::from([Epoch::default()]), parcels: 0, over: false, gone: false }
+    }
+
+    fn last(&mut self) -> Option<&mut Epoch<P>> {
+        self.epochs.back_mut()
+    }
+
+    fn fence(&mut self) {
+        if self.last().is_some_and(|last| !last.first.is_empty() || !last.rest.is_empty()) {
+            self.epochs.push_back(Epoch::default());
+        }
+    }
+
+    fn take(&mut self) -> Option<P> {
+        loop {
+            let epoch = self.epochs.front_mut()?;
+            if let Some(parcel) = epoch.first.pop_front().or_else(|| epoch.rest.pop_front()) {
+                self.parcels -= 1;
+                return Some(parcel);
+            }
+            if self.epochs.len() == 1 {
+                return None;
+            }
+            self.epochs.pop_front();
+        }
+    }
+}
+
+/// What the two threads share.
+#[derive(Debug)]
+struct Shared<P> {
+    waiting: Mutex<Waiting<P>>,
+    changed: Condvar,
+    /// Bytes of the parcels that wait, and of the one that is being written.
+    backlog: AtomicU64,
+    written: AtomicU64,
+    abandoned: AtomicBool,
+}
+
+impl<P> Shared<P> {
+    fn lock(&self) -> MutexGuard<'_, Waiting<P>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// The writing thread.
 #[derive(Debug)]
 pub struct Outlet<B, T> {
-    parcels: Sender<Parcel<B, T>>,
-    written: Arc<AtomicU64>,
-    abandoned: Arc<AtomicBool>,
+    shared: Arc<Shared<Parcel<B, T>>>,
+    behind: usize,
+    /// Has something in it when the backlog has become less.
+    pub progress: Receiver<()>,
     /// Disconnected when the thread has ended.
     pub gone: Receiver<()>,
     thread: JoinHandle<Result<(), EngineError>>,
 }
 
 impl<B: Body, T: Send + 'static> Outlet<B, T> {
-    /// Starts it; `say` is called, on the writing thread, with what a parcel has to say.
-    pub fn start(name: &str, output: Output, say: impl FnMut(T) + Send + 'static) -> std::io::Result<Self> {
-        let (parcels, receiver) = bounded(BEHIND);
+    /// Starts it, with so many parcels on their way at most; `say` is called, on the writing thread, with what a parcel has to say.
+    pub fn start(
+        name: &str,
+        behind: usize,
+        output: Output,
+        say: impl FnMut(T) + Send + 'static,
+    ) -> std::io::Result<Self> {
         let (alive, gone) = bounded::<()>(0);
-        let written = Arc::new(AtomicU64::new(0));
-        let abandoned = Arc::new(AtomicBool::new(false));
-        let writer = Writer {
-            parcels: receiver,
-            output,
-            written: Arc::clone(&written),
-            abandoned: Arc::clone(&abandoned),
-        };
+        let (tick, progress) = bounded(1);
+        let shared = Arc::new(Shared {
+            waiting: Mutex::new(Waiting::new()),
+            changed: Condvar::new(),
+            backlog: AtomicU64::new(0),
+            written: AtomicU64::new(0),
+            abandoned: AtomicBool::new(false),
+        });
+        let writer = Writer { shared: Arc::clone(&shared), output, tick };
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
-            let result = writer.run(say);
-            drop(alive);
-            result
+            let shared = Arc::clone(&writer.shared);
+            // However it ends: whoever waits for room is told.
+            let _ending = Ending(&shared, alive);
+            writer.run(say)
         })?;
-        Ok(Self { parcels, written, abandoned, gone, thread })
+        Ok(Self { shared, behind: behind.max(1), progress, gone, thread })
     }
 
     /// Bytes written so far.
     pub fn written(&self) -> u64 {
-        self.written.load(Ordering::Acquire)
+        self.shared.written.load(Ordering::Acquire)
+    }
+
+    /// Bytes that were sent and are not written yet.
+    pub fn backlog(&self) -> u64 {
+        self.shared.backlog.load(Ordering::Acquire)
+    }
+
+    /// Whether a parcel can be sent without waiting.
+    pub fn has_room(&self) -> bool {
+        self.shared.lock().parcels < self.behind
+    }
+
+    /// What is sent from here on is written after all that was sent before.
+    pub fn fence(&self) {
+        self.shared.lock().fence();
     }
 
     /// Sends a parcel off; waits while too many are on their way.
@@ -112,7 +210,37 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
     /// # Errors
     /// [`EngineError::Gone`] when the thread has ended; [`end`](Self::end) tells why.
     pub fn send(&self, parcel: Parcel<B, T>) -> Result<(), EngineError> {
-        self.parcels.send(parcel).map_err(|_| EngineError::Gone)
+        self.enqueue(parcel, |epoch| &mut epoch.rest)
+    }
+
+    /// The same for one that overtakes whatever was sent since the last fence, but for those that were sent first too.
+    ///
+    /// # Errors
+    /// As of [`send`](Self::send).
+    pub fn send_first(&self, parcel: Parcel<B, T>) -> Result<(), EngineError> {
+        self.enqueue(parcel, |epoch| &mut epoch.first)
+    }
+
+    fn enqueue(
+        &self,
+        parcel: Parcel<B, T>,
+        lane: impl FnOnce(&mut Epoch<Parcel<B, T>>) -> &mut VecDeque<Parcel<B, T>>,
+    ) -> Result<(), EngineError> {
+        let shared = &*self.shared;
+        let full = |waiting: &mut Waiting<_>| waiting.parcels >= self.behind && !waiting.gone;
+        let mut waiting =
+            shared.changed.wait_while(shared.lock(), full).unwrap_or_else(PoisonError::into_inner);
+        if waiting.gone {
+            return Err(EngineError::Gone);
+        }
+        shared.backlog.fetch_add(parcel.length(), Ordering::AcqRel);
+        waiting.parcels += 1;
+        if let Some(last) = waiting.last() {
+            lane(last).push_back(parcel);
+        }
+        drop(waiting);
+        shared.changed.notify_all();
+        Ok(())
     }
 
     /// Ends it once all is written, or, when the filter has `failed`, after what it is writing. The output is closed then.
@@ -120,33 +248,51 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
     /// # Errors
     /// What ended the writing.
     pub fn end(self, failed: bool) -> Result<(), EngineError> {
-        self.abandoned.store(failed, Ordering::Relaxed);
-        drop(self.parcels);
+        self.shared.abandoned.store(failed, Ordering::Relaxed);
+        self.shared.lock().over = true;
+        self.shared.changed.notify_all();
         self.thread.join().map_err(|_| EngineError::Panicked)?
     }
 }
 
+/// Says, when it is dropped, that nobody writes any more, and lets go of what waits.
+struct Ending<'a, P>(
+    &'a Shared<P>,
+    #[expect(dead_code, reason = "dropping it is what it is for")] Sender<()>,
+);
+
+impl<P> Drop for Ending<'_, P> {
+    fn drop(&mut self) {
+        let mut waiting = self.0.lock();
+        let left = std::mem::replace(&mut *waiting, Waiting::new());
+        waiting.gone = true;
+        drop(waiting);
+        self.0.changed.notify_all();
+        drop(left);
+    }
+}
+
 struct Writer<B, T> {
-    parcels: Receiver<Parcel<B, T>>,
+    shared: Arc<Shared<Parcel<B, T>>>,
     output: Output,
-    written: Arc<AtomicU64>,
-    abandoned: Arc<AtomicBool>,
+    tick: Sender<()>,
 }
 
 impl<B: Body, T> Writer<B, T> {
     fn run(mut self, mut say: impl FnMut(T)) -> Result<(), EngineError> {
-        while let Ok(parcel) = self.parcels.recv() {
-            if self.abandoned.load(Ordering::Relaxed) {
+        while let Some(parcel) = self.next() {
+            if self.shared.abandoned.load(Ordering::Relaxed) {
                 return Ok(());
             }
-            let body = parcel.body.as_ref().map_or(&[][..], Body::bytes);
+            let length = parcel.length();
+            let part = |number| parcel.body.as_ref().map_or(&[][..], |body| body.part(number));
             let mut slices = Vec::with_capacity(1 + parcel.pieces.len());
             slices.push(IoSlice::new(&parcel.head));
             for piece in &parcel.pieces {
                 match piece {
                     // The filter takes ranges from the very bytes that they are ranges of.
-                    Piece::Body(range) => {
-                        slices.push(IoSlice::new(body.get(range.clone()).unwrap_or_default()));
+                    Piece::Body { part: number, range } => {
+                        slices.push(IoSlice::new(part(*number).get(range.clone()).unwrap_or_default()));
                     }
                     Piece::Zeros(pages) => {
                         slices.extend((0..*pages).map(|_| IoSlice::new(&ZERO_PAGE[..PAGE])));
@@ -154,20 +300,43 @@ impl<B: Body, T> Writer<B, T> {
                 }
             }
             self.output.write_slices(&mut slices)?;
-            self.written.store(self.output.bytes(), Ordering::Release);
-            if let Some(then) = parcel.then {
+            self.shared.written.store(self.output.bytes(), Ordering::Release);
+            let then = parcel.then;
+            drop(parcel.body);
+            self.shared.backlog.fetch_sub(length, Ordering::AcqRel);
+            let _ = self.tick.try_send(());
+            if let Some(then) = then {
                 say(then);
             }
         }
         Ok(())
     }
+
+    /// Waits for the next parcel; `None` when there will be no more.
+    fn next(&self) -> Option<Parcel<B, T>> {
+        let shared = &*self.shared;
+        let mut waiting = shared.lock();
+        loop {
+            if let Some(parcel) = waiting.take() {
+                drop(waiting);
+                shared.changed.notify_all();
+                return Some(parcel);
+            }
+            if waiting.over {
+                return None;
+            }
+            waiting = shared.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
 }
 
-/// Adds a range to the pieces, joined to the last one where it continues it.
-pub fn add_range(pieces: &mut Vec<Piece>, range: Range<usize>) {
+/// Adds a range of a part to the pieces, joined to the last one where it continues it.
+pub fn add_range(pieces: &mut Vec<Piece>, part: usize, range: Range<usize>) {
     match pieces.last_mut() {
-        Some(Piece::Body(last)) if last.end == range.start => last.end = range.end,
-        _ => pieces.push(Piece::Body(range)),
+        Some(Piece::Body { part: of, range: last }) if *of == part && last.end == range.start => {
+            last.end = range.end;
+        }
+        _ => pieces.push(Piece::Body { part, range }),
     }
 }
 
@@ -180,7 +349,77 @@ pub fn add_zeros(pieces: &mut Vec<Piece>) {
 }
 
 impl Body for Buffer {
-    fn bytes(&self) -> &[u8] {
-        self
+    fn part(&self, number: usize) -> &[u8] {
+        if number == 0 { self } else { &[] }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A thing that happens to a queue.
+    #[derive(Clone, Copy, Debug)]
+    enum Step {
+        Send,
+        SendFirst,
+        Fence,
+        Take,
+    }
+
+    proptest! {
+        /// Nothing passes a fence, nothing is lost, and each lane keeps its order.
+        #[test]
+        fn only_what_is_sent_first_overtakes_and_no_fence(
+            steps in proptest::collection::vec(
+                prop_oneof![Just(Step::Send), Just(Step::SendFirst), Just(Step::Fence), Just(Step::Take)],
+                0..80,
+            )
+        ) {
+            let mut waiting = Waiting::new();
+            // Each has its number and what it was sent as: fences before it, and whether it was sent first.
+            let (mut sent, mut fences) = (0, 0);
+            let (mut queued, mut taken): (Vec<(u32, u32, bool)>, Vec<_>) = (Vec::new(), Vec::new());
+            for step in steps.iter().copied().chain(std::iter::repeat_n(Step::Take, 80)) {
+                let parcel = (sent, fences, matches!(step, Step::SendFirst));
+                match step {
+                    Step::Fence => {
+                        waiting.fence();
+                        fences += 1;
+                        continue;
+                    }
+                    Step::Send => waiting.last().unwrap().rest.push_back(parcel),
+                    Step::SendFirst => waiting.last().unwrap().first.push_back(parcel),
+                    Step::Take => {
+                        // The model: the oldest of those sent first in the oldest epoch that has any, or else the oldest there.
+                        let epoch = queued.iter().map(|parcel| parcel.1).min();
+                        let mut there = queued.iter().filter(|parcel| Some(parcel.1) == epoch);
+                        let expected = there.clone().find(|parcel| parcel.2).or_else(|| there.next()).copied();
+                        let found = waiting.take();
+                        prop_assert_eq!(found, expected);
+                        queued.retain(|parcel| Some(*parcel) != found);
+                        taken.extend(found);
+                        continue;
+                    }
+                }
+                waiting.parcels += 1;
+                sent += 1;
+                queued.push(parcel);
+            }
+            prop_assert_eq!(taken.len(), sent as usize);
+            prop_assert_eq!(waiting.parcels, 0);
+        }
+    }
+
+    #[test]
+    fn who_waits_for_room_is_told_when_nobody_writes_any_more() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let outlet: Outlet<Buffer, ()> =
+            Outlet::start("outlet", 1, Output::new(writer.into()), drop).unwrap();
+        drop(reader);
+        let sent = (0..1000).find_map(|_| outlet.send(Parcel::bytes(vec![1; 4096])).err());
+        assert!(matches!(sent, Some(EngineError::Gone)));
+        assert!(outlet.end(false).is_err());
     }
 }

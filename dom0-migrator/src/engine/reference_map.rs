@@ -205,15 +205,18 @@ impl ReferenceMap {
 
     /// Where the page lies, if the lists say so. `None` for every page while the map is not sealed.
     pub fn lookup(&self, pfn: Pfn) -> Option<Place> {
-        if !self.sealed {
-            return None;
-        }
-        let after = self.segments.partition_point(|segment| segment.pfn() <= pfn.0);
-        let segment = self.segments.get(after.checked_sub(1)?)?;
-        (pfn.0 < segment.end()).then(|| Place {
-            disk: segment.disk(),
-            offset: segment.offset() + (pfn.0 - segment.pfn()) * 4096,
-        })
+        self.cursor().lookup(pfn)
+    }
+
+    /// Looks many pages up, quickly when their PFNs ascend.
+    pub fn cursor(&self) -> Cursor<'_> {
+        Cursor { segments: if self.sealed { &self.segments } else { &[] }, at: usize::MAX }
+    }
+
+    /// So many of the listed pages at most, spread over the runs: to look at some of them.
+    pub fn some(&self, count: usize) -> Vec<Pfn> {
+        let step = self.segments.len().div_ceil(count.max(1)).max(1);
+        self.segments.iter().step_by(step).map(|segment| Pfn(segment.pfn() + segment.pages() / 2)).collect()
     }
 
     /// Pages in a list; exact once sealed, duplicates counted before.
@@ -237,6 +240,39 @@ impl ReferenceMap {
     /// The disks that the runs name, by the index that a [`Place`] gives.
     pub fn vdevs(&self) -> &[Vdev] {
         &self.vdevs
+    }
+}
+
+/// A place in the map, from which what lies close behind is found without a search in all of it: the map of a large guest is larger than
+/// any cache.
+#[derive(Clone, Copy, Debug)]
+pub struct Cursor<'a> {
+    segments: &'a [Segment],
+    at: usize,
+}
+
+impl Cursor<'_> {
+    /// Where the page lies, if the lists say so.
+    pub fn lookup(&mut self, pfn: Pfn) -> Option<Place> {
+        let begins_before = |index: usize| self.segments.get(index).is_some_and(|s| s.pfn() <= pfn.0);
+        // The last segment that begins at the page or before it is at `low` or up to `end`.
+        let (mut low, mut end) = (0, self.segments.len());
+        if begins_before(self.at) {
+            let mut step = 1;
+            low = self.at;
+            while begins_before(low + step) {
+                low += step;
+                step *= 2;
+            }
+            end = end.min(low + step);
+        }
+        let behind = self.segments.get(low..end).unwrap_or_default();
+        self.at = (low + behind.partition_point(|segment| segment.pfn() <= pfn.0)).checked_sub(1)?;
+        let segment = self.segments.get(self.at)?;
+        (pfn.0 < segment.end()).then(|| Place {
+            disk: segment.disk(),
+            offset: segment.offset() + (pfn.0 - segment.pfn()) * 4096,
+        })
     }
 }
 
@@ -299,7 +335,8 @@ mod tests {
     proptest! {
         #[test]
         fn last_wins_everywhere(
-            runs in proptest::collection::vec((0_u64..200, 1_u16..40, 0_u32..3, 0_u64..1000, any::<bool>()), 0..60)
+            runs in proptest::collection::vec((0_u64..200, 1_u16..40, 0_u32..3, 0_u64..1000, any::<bool>()), 0..60),
+            looked_up in proptest::collection::vec(0_u64..300, 0..40),
         ) {
             let mut map = ReferenceMap::new(Pfn(299));
             let mut model = vec![None; 300];
@@ -314,6 +351,10 @@ mod tests {
             for (pfn, expected) in model.iter().enumerate() {
                 let found = map.lookup(Pfn(pfn as u64)).map(|p| (map.vdevs()[p.disk as usize].0, p.offset));
                 prop_assert_eq!(found, expected.map(|(vdev, offset, _)| (vdev, offset)));
+            }
+            let mut cursor = map.cursor();
+            for pfn in looked_up {
+                prop_assert_eq!(cursor.lookup(Pfn(pfn)), map.lookup(Pfn(pfn)));
             }
             let written = model.iter().flatten().filter(|place| place.2).count() as u64;
             prop_assert_eq!(map.pages(ListKind::Written), written);

@@ -1,6 +1,7 @@
 //! The source's copies of pages that went by reference, kept until the references are settled.
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, VecDeque};
 
 use super::pfn_hash::PfnMap;
 use super::xen_stream::PAGE;
@@ -26,13 +27,19 @@ pub struct NeverSent(pub u64);
 /// Retained pages, found by PFN and by number.
 ///
 /// At most one reference per PFN is outstanding: a newer entry of any type supersedes the older one, whose number counts as
-/// settled from then on, whatever verdict on it is still on its way. Memory is taken in chunks of 2 MiB, as it is needed.
+/// settled from then on, whatever verdict on it is still on its way. Memory is taken in chunks of 2 MiB, as it is needed, and given back:
+/// the lowest free slot is used first, so that the last chunks become empty when less is outstanding.
 #[derive(Debug)]
 pub struct Window {
     chunks: Vec<Box<[u8]>>,
-    free: Vec<u32>,
+    /// Slots used in each chunk.
+    used: Vec<u32>,
+    free: BinaryHeap<Reverse<u32>>,
+    /// Slots of the chunks that were used at least once.
     taken: u32,
     capacity: u32,
+    /// Slots that may be taken now: others may need the memory of the rest.
+    limit: u32,
     by_pfn: PfnMap<u64>,
     /// The references from number `first` on: slot and PFN.
     numbers: VecDeque<(u32, u64)>,
@@ -45,9 +52,11 @@ impl Window {
     pub fn new(capacity: u32) -> Self {
         Self {
             chunks: Vec::new(),
-            free: Vec::new(),
+            used: Vec::new(),
+            free: BinaryHeap::new(),
             taken: 0,
             capacity: capacity.min(SETTLED - 1),
+            limit: u32::MAX,
             by_pfn: PfnMap::default(),
             numbers: VecDeque::new(),
             first: 0,
@@ -67,17 +76,37 @@ impl Window {
 
     /// How many more pages fit.
     pub fn room(&self) -> usize {
-        self.free.len() + (self.capacity - self.taken) as usize
+        self.free.len() + self.most().saturating_sub(self.taken) as usize
+    }
+
+    /// Pages that fit at most.
+    pub fn capacity(&self) -> usize {
+        self.capacity as usize
+    }
+
+    /// Takes memory for no more than so many pages, until it is told otherwise; what it has it keeps.
+    pub fn limit(&mut self, pages: u32) {
+        self.limit = pages;
+    }
+
+    fn most(&self) -> u32 {
+        self.capacity.min(self.limit)
+    }
+
+    /// Memory that it has taken.
+    pub fn bytes(&self) -> u64 {
+        self.chunks.len() as u64 * u64::from(CHUNK_PAGES) * PAGE as u64
     }
 
     /// Retains a page and gives it the next number. The PFN must have been [superseded](Self::supersede) before. `None`:
     /// no room.
     pub fn retain(&mut self, pfn: u64, page: &[u8]) -> Option<u64> {
         let slot = match self.free.pop() {
-            Some(slot) => slot,
-            None if self.taken < self.capacity => {
+            Some(Reverse(slot)) => slot,
+            None if self.taken < self.most() => {
                 if self.taken / CHUNK_PAGES == self.chunks.len() as u32 {
                     self.chunks.push(vec![0; CHUNK_PAGES as usize * PAGE].into_boxed_slice());
+                    self.used.push(0);
                 }
                 self.taken += 1;
                 self.taken - 1
@@ -85,6 +114,7 @@ impl Window {
             None => return None,
         };
         self.page_mut(slot)?.copy_from_slice(page.get(..PAGE)?);
+        *self.used.get_mut((slot / CHUNK_PAGES) as usize)? += 1;
         let number = self.next;
         self.next += 1;
         self.numbers.push_back((slot, pfn));
@@ -147,7 +177,18 @@ impl Window {
 
     /// Gives a slot back.
     pub fn release(&mut self, slot: u32) {
-        self.free.push(slot);
+        self.free.push(Reverse(slot));
+        if let Some(used) = self.used.get_mut((slot / CHUNK_PAGES) as usize) {
+            *used -= 1;
+        }
+        // One empty chunk is kept, so that memory does not come and go with each page.
+        while let [.., 0, 0] = self.used[..] {
+            self.used.pop();
+            self.chunks.pop();
+            self.taken = self.taken.min(self.chunks.len() as u32 * CHUNK_PAGES);
+            let taken = self.taken;
+            self.free.retain(|&Reverse(slot)| slot < taken);
+        }
     }
 
     /// The oldest outstanding number.
@@ -158,7 +199,7 @@ impl Window {
     /// Lets go of the arena; nothing may be outstanding, and nothing is retained from now on.
     pub fn close(&mut self) {
         if self.by_pfn.is_empty() {
-            (self.chunks, self.free) = (Vec::new(), Vec::new());
+            (self.chunks, self.used, self.free) = (Vec::new(), Vec::new(), BinaryHeap::new());
             (self.taken, self.capacity) = (0, 0);
         }
     }
@@ -167,6 +208,43 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_limit_is_kept_and_can_be_lifted() {
+        let mut window = Window::new(8);
+        window.limit(2);
+        let kept = [0, 1, 2].map(|pfn| window.retain(pfn, &[1; PAGE]));
+        assert_eq!(kept, [Some(0), Some(1), None]);
+        window.limit(1);
+        assert_eq!(window.room(), 0);
+        assert!(window.supersede(1) && window.room() == 1);
+        window.limit(u32::MAX);
+        assert_eq!((window.room(), window.bytes()), (7, u64::from(CHUNK_PAGES) * PAGE as u64));
+    }
+
+    #[test]
+    fn memory_is_given_back_and_no_slot_given_out_twice() {
+        let pages = u64::from(CHUNK_PAGES) * 4;
+        let mut window = Window::new(pages as u32);
+        let page = |pfn: u64| [pfn as u8 | 1; PAGE];
+        for _ in 0..2 {
+            for pfn in 0..pages {
+                window.retain(pfn, &page(pfn)).unwrap();
+            }
+            assert_eq!((window.room(), window.bytes()), (0, pages * PAGE as u64));
+            // All but the first, in no order.
+            for pfn in (1..pages).map(|pfn| pfn * 769 % pages).filter(|&pfn| pfn != 0) {
+                assert!(window.supersede(pfn));
+            }
+            assert_eq!(window.room() as u64, pages - 1);
+            assert!(window.bytes() <= 2 * u64::from(CHUNK_PAGES) * PAGE as u64);
+            assert!(window.supersede(0));
+        }
+        let kept: Vec<u64> = (0..pages).map(|pfn| window.retain(pfn, &page(pfn)).unwrap()).collect();
+        let slots: std::collections::HashSet<u32> =
+            kept.iter().map(|&number| window.take(number).unwrap().unwrap().slot).collect();
+        assert_eq!(slots.len() as u64, pages);
+    }
 
     #[test]
     fn a_superseded_reference_is_settled_once() {

@@ -41,6 +41,9 @@ use crate::xen::guest::Guest;
 use crate::xen::logger::{Level, Logger, Sink};
 use crate::xen::release::{Release, ReleaseError};
 
+/// Bytes that the stream's pipe is made to hold; what every process may ask for (`fs.pipe-max-size`).
+const STREAM_PIPE: libc::c_int = 1 << 20;
+
 /// Why a helper failed before or after the library's part.
 #[derive(Debug, thiserror::Error)]
 pub enum HelperError {
@@ -124,13 +127,13 @@ fn complete(channel: &Channel, result: &Result<(), HelperError>) -> Result<(), C
 }
 
 /// The libraries of the running Xen, opened.
-struct Libraries {
-    control: Control,
-    guest: Guest,
+pub(crate) struct Libraries {
+    pub(crate) control: Control,
+    pub(crate) guest: Guest,
 }
 
 impl Libraries {
-    fn open(sink: Arc<dyn Sink>) -> Result<Self, HelperError> {
+    pub(crate) fn open(sink: Arc<dyn Sink>) -> Result<Self, HelperError> {
         let release = Release::running()?;
         let guest = Guest::load(release, release.restore_abi()?)?;
         Ok(Self { control: Control::open(release, Logger::new(sink))?, guest })
@@ -144,6 +147,9 @@ fn take_descriptor(number: i32) -> Result<OwnedFd, HelperError> {
     if unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
         return Err(failed(std::io::Error::last_os_error()));
     }
+    // A larger pipe means fewer turns between the two processes; of a socket or file this is refused, and is of no consequence.
+    // SAFETY: sets an attribute of a descriptor that was just seen to be open.
+    unsafe { libc::fcntl(number, libc::F_SETPIPE_SZ, STREAM_PIPE) };
     // SAFETY: the descriptor is open, and libxl passed it for this process to use; nothing else here knows of it.
     Ok(unsafe { OwnedFd::from_raw_fd(number) })
 }

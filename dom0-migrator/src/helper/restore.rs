@@ -27,6 +27,7 @@ const ALONE: Order = Order {
     debug: false,
     own_disks: Vec::new(),
     limits: Limits::DEFAULT,
+    asked: None,
 };
 
 /// How long a filter may take to end once the library has.

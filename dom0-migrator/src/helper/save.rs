@@ -34,10 +34,14 @@ const ALONE: Order = Order {
     debug: false,
     own_disks: Vec::new(),
     limits: Limits::DEFAULT,
+    asked: None,
 };
 
 /// `XCFLAGS_DEBUG`: all pages are sent again at the end, and compared.
 const SAVE_DEBUG: u32 = 1 << 1;
+
+/// How often to look whether the end was asked for while waiting for something else.
+const LOOK_AGAIN: Duration = Duration::from_millis(100);
 
 /// How long a filter may take to end after a save that failed; its way to the target may be blocked.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -204,8 +208,9 @@ impl Hints {
         self.disks = disks::of_domain(&mut store, domain).map_err(|error| error.to_string())?;
         let requester = self.requester.insert(Requester::new(store, domain));
         let patience = Duration::from_secs(order.wait_lists_seconds);
-        let lists = lists::take(requester, &libraries.control, &libraries.guest, domain, patience)
-            .map_err(|error| error.to_string())?;
+        let lists =
+            lists::take(requester, &libraries.control, &libraries.guest, domain, order.asked, patience)
+                .map_err(|error| error.to_string())?;
         self.map = Some(lists.map);
         Ok(lists.report)
     }
@@ -238,10 +243,27 @@ impl Saver {
         self.engine.enter_round(round);
         self.sampling.mark(Moment::Round { number: round.saturating_add(1), pages });
     }
+
+    /// Waits until the wire has taken what libxenguest has written. False: it never will, or the end was asked for.
+    fn catch_up(&self) -> bool {
+        let caught_up = self.engine.catch_up();
+        loop {
+            match caught_up.recv_timeout(LOOK_AGAIN) {
+                Ok(()) => return true,
+                Err(error) if error.is_timeout() && !self.terminated.get() => {}
+                Err(_) => return false,
+            }
+        }
+    }
 }
 
 impl SaveCallbacks for Saver {
     fn suspend(&mut self) -> i32 {
+        // The last pass before it may still lie in buffers on the way: it goes while the domain runs. No reference is outstanding, so
+        // this waits for the wire alone.
+        if self.engine.drain().is_err() {
+            return 0;
+        }
         let suspended = self.channel.ask("suspend", &Message::Suspend).unwrap_or_else(|error| {
             tracing::error!(%error, "cannot suspend");
             0
@@ -256,6 +278,10 @@ impl SaveCallbacks for Saver {
 
     fn precopy_policy(&mut self, stats: PrecopyStats) -> Precopy {
         if self.terminated.get() || self.engine.is_finished() {
+            return Precopy::Abort;
+        }
+        // After a pass: what is still on its way would be marked again by the time it is sent.
+        if stats.dirty_count < 0 && !self.catch_up() {
             return Precopy::Abort;
         }
         let bytes_sent = self.engine.stats().bytes_out;

@@ -103,8 +103,29 @@ pub fn setup(report: &ReportFile) -> Markup {
             div.columns {
                 (table("Versions", &report.versions))
                 (table("Settings", &report.settings))
+                (blocks(report))
             }
         }
+    }
+}
+
+/// The stream in blocks, over several connections or compressed.
+fn blocks(report: &ReportFile) -> Markup {
+    let Some(connections) = report.number("/stream/connections") else { return html! {} };
+    let amount = |pointer: &str| report.number(pointer).map_or_else(|| "–".into(), bytes);
+    html! {
+        div.scroll { table {
+            caption { "The stream" }
+            tbody {
+                tr { th scope="row" { "Connections" } td.wide { (connections) } }
+                tr { th scope="row" { "Compression" } td.wide { (report.text("/stream/compression").map_or("–", cut)) } }
+                @if let Some(chosen) = report.text("/stream/chosen") {
+                    tr { th scope="row" { "chosen" } td.wide { (cut(chosen)) } }
+                }
+                tr { th scope="row" { "Bytes before" } td.wide { (amount("/stream/bytes_before")) } }
+                tr { th scope="row" { "Bytes after" } td.wide { (amount("/stream/bytes_after")) } }
+            }
+        } }
     }
 }
 

@@ -45,7 +45,7 @@ pub struct Lists {
     pub report: ListsReport,
 }
 
-/// Asks a domain for its lists and reads them.
+/// Asks a domain for its lists, if it was not `asked` already, and reads them.
 ///
 /// # Errors
 /// [`ListsError`]: then the migration goes on without references.
@@ -54,13 +54,16 @@ pub fn take(
     control: &Control,
     guest: &Guest,
     domain: DomainId,
+    asked: Option<u64>,
     patience: Duration,
 ) -> Result<Lists, ListsError> {
+    let asked = asked.map_or_else(|| requester.request(), Ok)?;
+    // While the guest makes them: a table of the frames of all its memory takes a while.
+    let mut memory = DomainMemory::open(requester.store(), control, guest, domain)?;
     let started = Instant::now();
-    let asked = requester.snapshot(patience)?;
+    let asked = requester.snapshot(Some(asked), patience)?;
     let wait = started.elapsed();
     let started = Instant::now();
-    let mut memory = DomainMemory::open(requester.store(), control, guest, domain)?;
     let walked = walk(&mut memory, asked.root)?;
     let report = ListsReport::new(&walked, wait, started.elapsed());
     Ok(Lists { map: walked.map, report })

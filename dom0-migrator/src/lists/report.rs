@@ -34,7 +34,7 @@ pub struct ListsReport {
     pub list_pages_unreadable: u64,
     /// Times that the reading began anew, since the guest went on meanwhile.
     pub retries: u32,
-    /// From the request to the answer.
+    /// How long the answer was waited for; the guest may have been asked earlier, so that xl could start meanwhile.
     pub wait_seconds: f64,
     /// From the answer to the end of the reading.
     pub read_seconds: f64,

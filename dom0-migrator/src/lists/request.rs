@@ -114,14 +114,33 @@ impl<S: Store> Requester<S> {
         Ok(answer.filter(|(answered, _)| *answered == sequence).map(|(_, generation)| generation))
     }
 
-    /// Asks for lists and waits for the answer; `wait` sleeps until something may have changed.
+    /// Asks for lists, and does not wait for the answer: the request's number, by which [`snapshot`](Requester::snapshot) knows it.
+    ///
+    /// # Errors
+    /// [`RequestError`].
+    pub fn request(&mut self) -> Result<u64, RequestError> {
+        self.check()?;
+        self.tell(RequestKind::Snapshot)
+    }
+
+    /// Whether this is the last request, and one for lists.
+    fn is_asked(&mut self, sequence: u64) -> Result<bool, RequestError> {
+        let last = self.store.read(&self.node(REQUEST))?.and_then(|value| parse_request(&value));
+        Ok(last == Some((sequence, RequestKind::Snapshot)))
+    }
+
+    /// Asks for lists, unless that was done already, and waits for the answer; `wait` sleeps until something may have changed.
     fn ask(
         &mut self,
+        asked: Option<u64>,
         patience: Duration,
         mut wait: impl FnMut(&mut Self, Duration),
     ) -> Result<Asked, RequestError> {
         self.check()?;
-        let sequence = self.tell(RequestKind::Snapshot)?;
+        let sequence = match asked {
+            Some(sequence) if self.is_asked(sequence)? => sequence,
+            _ => self.tell(RequestKind::Snapshot)?,
+        };
         let deadline = Instant::now() + patience;
         let generation = loop {
             if let Some(generation) = self.answered(sequence)? {
@@ -142,11 +161,12 @@ impl<S: Store> Requester<S> {
 }
 
 impl Requester<Xenstore> {
-    /// Asks the guest to publish its lists as they are now, and waits for the answer.
+    /// Asks the guest to publish its lists as they are now, and waits for the answer. With the number of a [`request`](Self::request)
+    /// that was made already, its answer is waited for, as long as nobody has asked for anything else since.
     ///
     /// # Errors
     /// [`RequestError`].
-    pub fn snapshot(&mut self, patience: Duration) -> Result<Asked, RequestError> {
+    pub fn snapshot(&mut self, asked: Option<u64>, patience: Duration) -> Result<Asked, RequestError> {
         self.store.watch(&self.node(ANSWER))?;
         let port = self.store.read(&self.node(EVENT_CHANNEL))?.and_then(|value| parse_number(&value));
         self.channel = port.and_then(|port| u32::try_from(port).ok()).and_then(|port| {
@@ -154,7 +174,7 @@ impl Requester<Xenstore> {
                 .inspect_err(|error| tracing::debug!(%error, port, "no event channel, xenstore will do"))
                 .ok()
         });
-        let answer = self.ask(patience, Self::wait);
+        let answer = self.ask(asked, patience, Self::wait);
         self.channel = None;
         answer
     }
@@ -228,7 +248,7 @@ mod tests {
     fn an_answer_to_this_request_is_taken() {
         let mut requester =
             requester(&[("version", "1"), ("root-pfn", "77"), ("request", "6 ended"), ("answer", "6 2")]);
-        let asked = requester.ask(Duration::from_secs(1), answer_with("7 3")).unwrap();
+        let asked = requester.ask(None, Duration::from_secs(1), answer_with("7 3")).unwrap();
         assert_eq!(asked, Asked { root: Pfn(77), generation: 3 });
         assert_eq!(requester.store.nodes[&format!("{BASE}/request")], b"7 snapshot");
         assert_eq!(requester.tell(RequestKind::Begun).unwrap(), 8);
@@ -236,23 +256,39 @@ mod tests {
     }
 
     #[test]
+    fn what_was_asked_before_is_not_asked_again_unless_somebody_asked_otherwise() {
+        let nodes = [("version", "1"), ("root-pfn", "77"), ("request", "6 ended")];
+        let mut requester = requester(&nodes);
+        let asked = requester.request().unwrap();
+        assert_eq!((asked, &*requester.store.nodes[&format!("{BASE}/request")]), (7, &b"7 snapshot"[..]));
+        requester.store.nodes.insert(format!("{BASE}/answer"), b"7 3".to_vec());
+        let answer = requester.ask(Some(asked), Duration::ZERO, answer_with("")).unwrap();
+        assert_eq!(answer, Asked { root: Pfn(77), generation: 3 });
+        assert_eq!(requester.store.nodes[&format!("{BASE}/request")], b"7 snapshot");
+        requester.tell(RequestKind::Ended).unwrap();
+        let answer = requester.ask(Some(asked), Duration::from_secs(1), answer_with("9 4")).unwrap();
+        assert_eq!(answer, Asked { root: Pfn(77), generation: 4 });
+        assert_eq!(requester.store.nodes[&format!("{BASE}/request")], b"9 snapshot");
+    }
+
+    #[test]
     fn an_old_answer_is_not() {
         let mut requester = requester(&[("version", "1"), ("root-pfn", "77"), ("answer", "6 2")]);
-        let error = requester.ask(Duration::ZERO, answer_with("6 2")).unwrap_err();
+        let error = requester.ask(None, Duration::ZERO, answer_with("6 2")).unwrap_err();
         assert!(matches!(error, RequestError::NoAnswer { sequence: 1, .. }), "{error}");
     }
 
     #[test]
     fn what_a_guest_may_say_wrongly_is_refused() {
         let ask = |nodes: &[(&str, &str)]| {
-            requester(nodes).ask(Duration::from_millis(1), answer_with("1 4")).unwrap_err()
+            requester(nodes).ask(None, Duration::from_millis(1), answer_with("1 4")).unwrap_err()
         };
         assert!(matches!(ask(&[]), RequestError::NoModule(DomainId(3))));
         assert!(matches!(ask(&[("version", "2")]), RequestError::Version { .. }));
         assert!(matches!(ask(&[("version", "1"), ("root-pfn", "-1")]), RequestError::NoRoot(_)));
         let mut none = requester(&[("version", "1"), ("root-pfn", "1")]);
         assert!(matches!(
-            none.ask(Duration::from_secs(1), answer_with("1 0")),
+            none.ask(None, Duration::from_secs(1), answer_with("1 0")),
             Err(RequestError::Nothing(_))
         ));
     }

@@ -96,6 +96,12 @@ migrate-receive)
         printf '%s\0' "$go"
     fi
     ;;
+info)
+    echo "host                   : a-host"
+    echo "xen_commandline        : placeholder dom0_mem=1024M"
+    echo "total_memory           : 4096"
+    echo "free_memory            : $(cat "$XS/free_memory" 2>/dev/null || echo 2048)"
+    ;;
 destroy)
     rm -r "${domains:?}/$2"
     ;;

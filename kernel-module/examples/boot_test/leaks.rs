@@ -2,12 +2,13 @@
 
 use std::fs;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use enlightenment::device::Publish;
 
 use crate::cases::{me, run_at};
 use crate::device::Device;
 use crate::memory::Memory;
+use crate::told;
 
 /// Pages that may come and go without anybody's fault: caches of the processors, a page table.
 const NOISE: u64 = 256;
@@ -44,14 +45,23 @@ pub fn free_pages() -> Result<()> {
         Ok(pages + 2000)
     };
     round()?;
-    let before = free()?;
-    let mut used = 0;
-    for _ in 0..12 {
-        used += round()?;
+    // What the module loses it loses each time. Others, where there are any, take memory now and then.
+    let tries = if told().in_guest { 6 } else { 1 };
+    let mut lost = 0;
+    for _ in 0..tries {
+        let before = free()?;
+        let mut used = 0;
+        for _ in 0..12 {
+            used += round()?;
+        }
+        let after = free()?;
+        ensure!(used > 20 * NOISE, "only {used} pages were used");
+        lost = before.saturating_sub(after);
+        if lost < NOISE {
+            println!("  {used} pages were used and came back: {before} free before, {after} after");
+            return Ok(());
+        }
+        println!("  of {used} pages that were used {lost} did not come back");
     }
-    let after = free()?;
-    ensure!(used > 20 * NOISE, "only {used} pages were used");
-    ensure!(after + NOISE > before, "{before} pages were free, now {after}");
-    println!("  {used} pages were used and came back: {before} free before, {after} after");
-    Ok(())
+    bail!("{lost} pages more were free before than after, and {tries} times too many")
 }

@@ -15,6 +15,7 @@ use crate::cases::{me, run_at};
 use crate::device::Device;
 use crate::memory::{Memory, PAGE};
 use crate::physical::Physical;
+use crate::told;
 
 /// PFN by page of the memory, as a generation that is made now lists them.
 fn list(device: &Device, memory: &Memory) -> Result<HashMap<u64, u64>> {
@@ -96,7 +97,7 @@ pub fn between_nodes() -> Result<()> {
 pub fn compaction() -> Result<()> {
     let device = Device::open()?;
     // Every second page is given back: holes that compaction fills.
-    let memory = Memory::small(16_000)?;
+    let memory = Memory::small(if told().in_guest { 4_000 } else { 16_000 })?;
     for page in (0..memory.pages()).step_by(2) {
         memory.discard(page, 1)?;
     }

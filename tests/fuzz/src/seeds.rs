@@ -6,10 +6,11 @@ use std::collections::BTreeMap;
 use dom0_migrator::command::Outcome;
 use dom0_migrator::command::xl_words::{BANNER, GO, READY, REPORT};
 use dom0_migrator::control::{
-    Connection, FromSource, FromTarget, Greeting, HelperKind, TargetOutcome, Token, write_line,
+    BlocksOffer, Connection, FromSource, FromTarget, Greeting, HelperKind, TargetOutcome, Token, write_line,
 };
 use dom0_migrator::handoff::{Event, Order, Role};
 use dom0_migrator::handover::{SourceState, State, TargetState, Verdict, record};
+use dom0_migrator::inquiry::Needs;
 use dom0_migrator::memory_map::MemoryMap;
 use dom0_migrator::report::{RestoreReport, SaveReport};
 use dom0_migrator::report_file::{Date, Downtime, ReportFile, SeenBy, Timeline};
@@ -122,7 +123,10 @@ fn control_lines() -> Vec<Vec<u8>> {
             helper: HelperKind::Poolskip,
             stream_version: 1,
             debug: true,
+            blocks: Some(BlocksOffer { version: 1, connections: 4 }),
+            needs: Some(Needs { memory_bytes: 1 << 30, disks: vec!["/dev/vg/db1".into()] }),
         },
+        FromSource::Check(Box::default()),
         FromSource::Given,
         FromSource::GaveUp,
         FromSource::Ask { id: token(), domain: "db1".into() },
@@ -130,12 +134,12 @@ fn control_lines() -> Vec<Vec<u8>> {
     let outcome =
         TargetOutcome { started: true, restore: Some(RestoreReport::default()), ..TargetOutcome::default() };
     let target = [
-        FromTarget::Ready { stock_because: Some("of the version".into()) },
+        FromTarget::Ready { stock_because: Some("of the version".into()), blocks: Some(4) },
         FromTarget::Refused { reason: "no room".into() },
         FromTarget::Verdict(Verdict::Runs),
         FromTarget::Finished(Box::new(outcome)),
     ];
-    let greeting = Greeting { poolskip: 1, connection: Connection::Side, token: token() };
+    let greeting = Greeting { poolskip: 1, connection: Connection::Stream, token: token(), lane: 3 };
     vec![lines(&[greeting]), lines(&source), lines(&target)]
 }
 

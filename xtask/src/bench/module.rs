@@ -1,10 +1,12 @@
-//! How fast the kernel module translates and publishes frames, in an emulated machine, beside reading the same PFNs from
-//! `/proc/PID/pagemap` there.
+//! How fast the kernel module translates and publishes frames, in an emulated machine or in a guest of the lab, beside reading the same
+//! PFNs from `/proc/PID/pagemap` there.
 
 use anyhow::{Context, Result, ensure};
 
 use super::figures::{Figure, Report};
 use crate::build::Suite;
+use crate::deployment::{Deployment, guest};
+use crate::lab::{self, Flavour, Lab};
 use crate::module_test;
 
 /// Frames a second through the kernel module, against `/proc/PID/pagemap`.
@@ -13,17 +15,23 @@ pub struct Args {
     /// The Debian suite whose newest kernel is booted
     #[arg(long, value_enum, default_value = "bookworm")]
     suite: Suite,
+    /// Measure in this guest of the lab, beside its database, and not in a machine of its own
+    #[arg(long, value_enum, value_name = "KIND", conflicts_with = "suite")]
+    guest: Option<Flavour>,
 }
 
-/// Boots the kernel and lets the boot test's program measure.
+/// Boots the kernel, or raises the lab, and lets the boot test's program measure.
 ///
-/// Each sample is a pool of 8,192 frames of 16 KiB: begun, added in one call, published; then the same PFNs by pagemap, with one read for
+/// Each sample is a pool of 8,192 frames of 16 KiB (2,048 where a database has the memory): begun, added in one call, published; then the same PFNs by pagemap, with one read for
 /// all frames that adjoin. `in_order` has the frames by address, as the probe gives them; `scattered` in no order.
 ///
 /// # Errors
 /// When the machine does not come to the end of it.
 pub fn run(args: &Args) -> Result<Report> {
-    let lines = module_test::measure(args.suite.name())?;
+    let lines = match args.guest {
+        None => module_test::measure(args.suite.name())?,
+        Some(flavour) => in_guest(flavour)?,
+    };
     ensure!(lines.iter().any(|line| line == "bench: done"), "the machine ended before the bench did");
     let figures = ["in_order", "scattered"].map(|name| {
         let (module, pagemap): (Vec<f64>, Vec<f64>) =
@@ -34,6 +42,15 @@ pub fn run(args: &Args) -> Result<Report> {
     let figures =
         figures.into_iter().collect::<Result<_>>().context("the bench in the machine is incomplete")?;
     Ok(Report { bench: "module".to_owned(), figures })
+}
+
+/// The database has its memory, and nobody asks it anything; the module is loaded by the program.
+fn in_guest(flavour: Flavour) -> Result<Vec<String>> {
+    let deployment = Deployment::build(flavour)?;
+    let lab = Lab::warm(&lab::Options { flavour, ..lab::Options::default() })?;
+    deployment.install(&lab)?;
+    guest(&lab, "rmmod poolskip")?;
+    module_test::measure_in_guest(&lab)
 }
 
 /// `sample NAME MODULE PAGEMAP`, both in frames a second.

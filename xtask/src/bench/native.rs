@@ -1,6 +1,7 @@
 //! Benches that measure on a real mysqld on this machine: a program of `tests` runs them, built with all optimisations.
 
 use std::ffi::OsStr;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -22,13 +23,21 @@ struct Samples {
     unit: String,
     samples: Vec<f64>,
     baseline: Option<Vec<f64>>,
+    /// Whether each sample was taken beside the baseline's of the same number.
+    #[serde(default)]
+    paired: bool,
 }
 
-/// Builds the program, runs one of its benches, and makes figures of its samples.
+/// Builds the program, runs one of its benches, and makes figures of its samples. The server's disk is a file in `data`, where that is said,
+/// and else where temporary files are.
 ///
 /// # Errors
 /// When it does not compile, ends with an error, or prints something else.
-pub fn measure<S: AsRef<OsStr>>(bench: &str, arguments: impl IntoIterator<Item = S>) -> Result<Report> {
+pub fn measure<S: AsRef<OsStr>>(
+    bench: &str,
+    arguments: impl IntoIterator<Item = S>,
+    data: Option<&Path>,
+) -> Result<Report> {
     ebpf::check()?;
     let root = mysql::root()?;
     step("building the bench (release)", || {
@@ -37,6 +46,9 @@ pub fn measure<S: AsRef<OsStr>>(bench: &str, arguments: impl IntoIterator<Item =
     })?;
     let mut command = Command::new(target_directory()?.join("release").join(PROGRAM));
     command.arg(bench).args(arguments).env("POOLSKIP_MYSQL_ROOT", root);
+    if let Some(data) = data {
+        command.env("TMPDIR", data);
+    }
     // It says on stderr how far it is.
     let output = step(bench, || {
         let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output();
@@ -52,6 +64,7 @@ fn figures(bench: &str, printed: &[u8]) -> Result<Report> {
     let samples: Vec<Samples> =
         serde_json::from_slice(printed).context("the bench printed something else")?;
     let figures = samples.into_iter().map(|it| match it.baseline {
+        Some(baseline) if it.paired => Figure::paired(it.name, it.unit, it.samples, &baseline),
         Some(baseline) => Figure::against(it.name, it.unit, it.samples, &baseline),
         None => Figure::alone(it.name, it.unit, it.samples),
     });
@@ -65,10 +78,11 @@ mod tests {
     #[test]
     fn samples_become_figures() {
         let printed = br#"[{"name": "a", "unit": "s", "samples": [1.0, 3.0], "baseline": [4.0]},
+                           {"name": "c", "unit": "s", "samples": [1.0, 3.0], "baseline": [4.0, 4.0], "paired": true},
                            {"name": "b", "unit": "1/s", "samples": [5.0], "baseline": null}]"#;
         let report = figures("x", printed).unwrap();
         let ratios: Vec<_> = report.figures.iter().map(|figure| (figure.value, figure.ratio)).collect();
-        assert_eq!(ratios, [(2.0, Some(0.5)), (5.0, None)]);
+        assert_eq!(ratios, [(2.0, Some(0.5)), (2.0, Some(0.5)), (5.0, None)]);
         assert!(figures("x", b"{}").is_err());
     }
 }

@@ -22,5 +22,5 @@ pub struct Args {
 /// # Errors
 /// When mysqld does not start or cannot be read.
 pub fn run(args: &Args) -> Result<Report> {
-    native::measure("snapshot", ["--pools", &args.pools, "--samples", &args.samples.to_string()])
+    native::measure("snapshot", ["--pools", &args.pools, "--samples", &args.samples.to_string()], None)
 }

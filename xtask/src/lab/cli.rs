@@ -3,6 +3,7 @@
 use std::io::{Read, Write, stdin, stdout};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,8 @@ use nix::unistd::Pid;
 
 use super::machine::Machine;
 use super::run_dir::{Record, living};
-use super::{GuestSize, Host, Lab, Options, frozen};
+use super::{Flavour, GuestSize, Host, Lab, Options, frozen};
+use crate::deployment::Deployment;
 use crate::setup;
 
 /// Raise, use and end the lab.
@@ -30,7 +32,20 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Raise the lab and keep it until Ctrl-C or `lab down`; builds it first if need be
-    Up,
+    Up {
+        /// What kind of guest, and so which hosts
+        #[arg(long, value_enum, default_value_t, value_name = "KIND")]
+        guest: Flavour,
+        /// Put Poolskip into it: the migrator into both hosts, the module and the probe into the guest
+        #[arg(long)]
+        install: bool,
+        /// Memory of the guest, in MiB
+        #[arg(long, value_name = "MIB", default_value_t = 704)]
+        guest_memory: u32,
+        /// Buffer pool of the guest, in MiB
+        #[arg(long, value_name = "MIB", default_value_t = 256)]
+        guest_pool: u32,
+    },
     /// Run a shell command on a machine of the lab that is up
     Run {
         /// Which machine
@@ -42,6 +57,15 @@ enum Command {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Put a file of this machine onto a machine of the lab that is up
+    Put {
+        /// Which machine
+        machine: Which,
+        /// The file here
+        file: PathBuf,
+        /// Its path there; it may be executed there
+        path: String,
+    },
     /// Connect to the serial console of a host (hypervisor and dom0); Ctrl-C leaves it
     Console {
         /// Which host
@@ -51,6 +75,9 @@ enum Command {
     Down,
     /// Build the warmed lab and freeze it into the cache, so that it can be resumed in seconds
     Build {
+        /// What kind of guest, and so which hosts
+        #[arg(long, value_enum, default_value_t, value_name = "KIND")]
+        guest: Flavour,
         /// Even if the cache has it
         #[arg(long)]
         rebuild: bool,
@@ -73,23 +100,36 @@ enum Which {
 /// When it cannot be done.
 pub fn run(args: &Args) -> Result<()> {
     match &args.command {
-        Command::Up => up(),
+        Command::Up { guest, install, guest_memory, guest_pool } => {
+            up(*guest, *install, GuestSize::new(*guest_memory, *guest_pool)?)
+        }
+        Command::Put { machine: which, file, path } => {
+            // Whatever runs there under that name keeps the file that it has.
+            let machine = machine(*which, &only(args.pid)?);
+            machine.push(file, &format!("{path}.new"), 0o755)?;
+            machine.must(&format!("mv '{path}.new' '{path}'"), Duration::from_secs(60)).map(drop)
+        }
         Command::Run { machine, timeout, command } => {
             run_command(args.pid, *machine, &command.join(" "), Duration::from_secs(*timeout))
         }
         Command::Console { machine } => console(args.pid, *machine),
         Command::Down => down(args.pid),
-        Command::Build { rebuild } => {
+        Command::Build { guest, rebuild } => {
             setup::ensure()?;
-            let frozen = frozen::get(*rebuild, GuestSize::default())?;
+            let frozen = frozen::get(*rebuild, *guest, GuestSize::default())?;
             println!("{}", frozen.dir().display());
             Ok(())
         }
     }
 }
 
-fn up() -> Result<()> {
-    let mut lab = Lab::warm(&Options::default())?;
+fn up(flavour: Flavour, install: bool, guest: GuestSize) -> Result<()> {
+    let deployment = install.then(|| Deployment::build(flavour)).transpose()?;
+    let mut lab = Lab::warm(&Options { flavour, guest, ..Options::default() })?;
+    if let Some(deployment) = deployment {
+        deployment.install(&lab)?;
+        deployment.start_probe(&lab, "")?;
+    }
     lab.announce(true)?;
     println!("{}\nCtrl-C ends it.", lab.describe());
     loop {

@@ -7,17 +7,15 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
+use super::Flavour;
 use super::kernel::release_of;
 use super::modules::{GUEST_BOOT, HOST, HOST_BOOT, Modules};
 use crate::apt::{Area, Package, unpack};
 use crate::cache::{self, Key};
 use crate::step::run;
 
-/// The Debian suite of the hosts and of the guest's kernel: the last one whose Xen has shadow paging, which the live migration of a PV
-/// guest needs.
-pub(super) const SUITE: &str = "bookworm";
-
-/// What dom0 is made of. No maintainer script runs, and there is no service manager.
+/// What dom0 is made of, beside the packages that have the release of Xen in their names. No maintainer script runs, and there is no
+/// service manager.
 const PACKAGES: &[&str] = &[
     "base-files",
     "bash",
@@ -34,23 +32,19 @@ const PACKAGES: &[&str] = &[
     "sed",
     "socat",
     "util-linux",
-    "xen-hypervisor-4.17-amd64",
-    "xen-utils-4.17",
     "xen-utils-common",
     "xenstore-utils",
 ];
 
-/// What dom0 never reads, relative to its root.
+/// What dom0 never reads, relative to its root; beside it, what has a release in its name.
 const UNREAD: &[&str] = &[
     "boot",
     "usr/include",
     "usr/lib/modules",
     "usr/lib/python3",
-    "usr/lib/python3.11",
     "usr/lib/x86_64-linux-gnu/gconv",
     "usr/lib/x86_64-linux-gnu/perl",
     "usr/lib/x86_64-linux-gnu/perl-base",
-    "usr/lib/xen-4.17/boot",
     "usr/share/doc",
     "usr/share/info",
     "usr/share/locale",
@@ -82,20 +76,24 @@ impl Images {
     ///
     /// # Errors
     /// When the mirror cannot be reached, or this is not run by root.
-    pub(super) fn get() -> Result<Self> {
-        let area = Area::open(SUITE)?;
-        let packages = area.resolve(PACKAGES)?;
+    pub(super) fn get(flavour: Flavour) -> Result<Self> {
+        let area = Area::open(flavour.suite())?;
+        let xen = flavour.xen();
+        let xen = [format!("xen-hypervisor-{xen}-amd64"), format!("xen-utils-{xen}")];
+        let packages = area.resolve(&[PACKAGES, &xen.each_ref().map(String::as_str)].concat())?;
+        let files = FILES.iter().map(|&(path, mode, content)| (path, mode, flavour.adapted(content)));
+        let files: Vec<_> = files.collect();
         let mut key = Key::new("lab-host-2").with(include_bytes!("files/initramfs-init"));
         for package in &packages {
             key = key.with(package.to_string().as_bytes());
         }
-        for (path, _, content) in FILES {
+        for (path, _, content) in &files {
             key = key.with(path.as_bytes()).with(content.as_bytes());
         }
         for module in [HOST_BOOT, HOST, GUEST_BOOT].concat() {
             key = key.with(module.as_bytes());
         }
-        let dir = cache::get_or_make("lab-host", key, |dir| make(&area, &packages, dir))?;
+        let dir = cache::get_or_make("lab-host", key, |dir| make(flavour, &area, &packages, &files, dir))?;
         Ok(Self { dir })
     }
 
@@ -136,7 +134,14 @@ impl Images {
     }
 }
 
-fn make(area: &Area, packages: &[Package], dir: &Path) -> Result<()> {
+fn make(
+    flavour: Flavour,
+    area: &Area,
+    packages: &[Package],
+    files: &[(&str, u32, String)],
+    dir: &Path,
+) -> Result<()> {
+    let xen = flavour.xen();
     let release = packages
         .iter()
         .find_map(|package| release_of(&package.name))
@@ -144,18 +149,18 @@ fn make(area: &Area, packages: &[Package], dir: &Path) -> Result<()> {
     let root = dir.join("root");
     unpack(&area.download(packages)?, &root)?;
     fs::copy(root.join(format!("boot/vmlinuz-{release}")), dir.join("vmlinuz"))?;
-    gunzip(&root.join("boot/xen-4.17-amd64.gz"), &dir.join("xen.elf"))?;
+    gunzip(&root.join(format!("boot/xen-{xen}-amd64.gz")), &dir.join("xen.elf"))?;
 
-    let busybox = root.join("usr/bin/busybox");
     let module_dir = root.join("lib/modules").join(&release);
     let modules = Modules::read(&root, &release, &module_dir)?;
-    fs::write(dir.join("initrd"), modules.initramfs(HOST_BOOT, &busybox)?)?;
+    fs::write(dir.join("initrd"), modules.initramfs(HOST_BOOT)?)?;
     fs::create_dir_all(root.join("lab"))?;
-    fs::write(root.join("lab/guest-initrd"), modules.initramfs(GUEST_BOOT, &busybox)?)?;
+    fs::write(root.join("lab/guest-initrd"), modules.initramfs(GUEST_BOOT)?)?;
     fs::copy(dir.join("vmlinuz"), root.join("lab/vmlinuz"))?;
     modules.copy(HOST, HOST_BOOT, &root.join("lab/modules"))?;
 
-    for path in UNREAD {
+    let of_releases = [format!("usr/lib/python{}", flavour.python()), format!("usr/lib/xen-{xen}/boot")];
+    for path in UNREAD.iter().copied().chain(of_releases.iter().map(String::as_str)) {
         match fs::remove_dir_all(root.join(path)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("cannot remove {path} from dom0's root"));
@@ -163,18 +168,18 @@ fn make(area: &Area, packages: &[Package], dir: &Path) -> Result<()> {
             _ => {}
         }
     }
-    for (path, mode, content) in FILES {
+    for (path, mode, content) in files {
         install(&root, path, *mode, content)?;
     }
     // Debian starts each Xen tool through a shell script that finds the running version's: a process more, every time.
-    let tools = "usr/lib/xen-4.17/bin";
-    for entry in fs::read_dir(root.join(tools))? {
+    let tools = format!("usr/lib/xen-{xen}/bin");
+    for entry in fs::read_dir(root.join(&tools))? {
         let name = entry?.file_name();
         for place in ["usr/sbin", "usr/bin"] {
             let link = root.join(place).join(&name);
             if fs::symlink_metadata(&link).is_ok_and(|meta| meta.is_symlink()) {
                 fs::remove_file(&link)?;
-                symlink(Path::new("/").join(tools).join(&name), &link)?;
+                symlink(Path::new("/").join(&tools).join(&name), &link)?;
             }
         }
     }

@@ -12,7 +12,7 @@ use super::dom0::Images;
 use super::prune::prune;
 use super::qemu::{Config, version};
 use super::raised::{Lab, copy};
-use super::{GuestSize, Host, guest_disk};
+use super::{Flavour, GuestSize, Host, guest_disk};
 use crate::cache::{self, Key};
 use crate::step::step;
 
@@ -32,6 +32,7 @@ const MYSQL: &str = "mysql -uroot -S /run/mysqld/mysqld.sock -sN";
 pub(super) struct Frozen {
     dir: PathBuf,
     images: Images,
+    flavour: Flavour,
 }
 
 impl Frozen {
@@ -44,15 +45,20 @@ impl Frozen {
     pub(super) fn images(&self) -> &Images {
         &self.images
     }
+
+    /// What kind of lab it is.
+    pub(super) fn flavour(&self) -> Flavour {
+        self.flavour
+    }
 }
 
 /// The frozen lab of everything as it is now, built if the cache has none.
 ///
 /// # Errors
 /// When it cannot be built.
-pub(super) fn get(rebuild: bool, size: GuestSize) -> Result<Frozen> {
+pub(super) fn get(rebuild: bool, flavour: Flavour, size: GuestSize) -> Result<Frozen> {
     let version = version()?;
-    let images = Images::get()?;
+    let images = Images::get(flavour)?;
     let disk = guest_disk::get(size)?;
     let key = || -> Result<Key> {
         let mut key = Key::new("lab-warm-1")
@@ -60,9 +66,11 @@ pub(super) fn get(rebuild: bool, size: GuestSize) -> Result<Frozen> {
             .with(images.identity().as_bytes())
             .with(disk.parent().and_then(Path::file_name).unwrap_or_default().as_encoded_bytes())
             .with(warming().as_bytes());
-        // Nothing is added for the small guest: what its labs were kept under stays as it was.
-        if size != GuestSize::default() {
-            key = key.with(size.overrides().as_bytes());
+        // Nothing is added for the small PV guest: what its labs were kept under stays as it was.
+        for overrides in [&size.overrides(), flavour.overrides()] {
+            if !overrides.is_empty() {
+                key = key.with(overrides.as_bytes());
+            }
         }
         for host in Host::BOTH {
             for argument in Config::of_no_run(host, &images).arguments() {
@@ -77,17 +85,18 @@ pub(super) fn get(rebuild: bool, size: GuestSize) -> Result<Frozen> {
             fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
         }
     }
-    let dir = cache::get_or_make("lab-warm", key()?, |dir| build(&images, &disk, size, dir))?;
+    let dir = cache::get_or_make("lab-warm", key()?, |dir| build(&images, &disk, flavour, size, dir))?;
     let disk_dir = disk.parent().context("the guest's disk lies nowhere")?;
     prune(&[&dir, images.dir(), disk_dir])?;
-    Ok(Frozen { dir, images })
+    Ok(Frozen { dir, images, flavour })
 }
 
-fn build(images: &Images, disk: &Path, size: GuestSize, dir: &Path) -> Result<()> {
-    let lab = step("booting two Xen hosts", || Lab::boot(images, disk))?;
+fn build(images: &Images, disk: &Path, flavour: Flavour, size: GuestSize, dir: &Path) -> Result<()> {
+    let lab = step("booting two Xen hosts", || Lab::boot(images, flavour, disk))?;
     let source = lab.host(Host::Source);
     step("booting the guest", || {
-        source.must(&format!("xl create -q /lab/db1.cfg{}", size.overrides()), Duration::from_secs(120))?;
+        let create = format!("xl create -q /lab/db1.cfg{}{}", size.overrides(), flavour.overrides());
+        source.must(&create, Duration::from_secs(120))?;
         lab.guest().must(":", Duration::from_secs(180)).map(drop).with_context(|| {
             let log = source.run(
                 "tail -n 30 /var/log/xen/guest-db1.log; xl list; xl dmesg | tail -n 20",
@@ -118,6 +127,9 @@ fn build(images: &Images, disk: &Path, size: GuestSize, dir: &Path) -> Result<()
     guest.must("sync", Duration::from_secs(120))?;
     for host in Host::BOTH {
         lab.host(host).must("sync", Duration::from_secs(120))?;
+    }
+    if flavour.is_frozen_paused() {
+        source.must("xl pause db1", Duration::from_secs(60))?;
     }
     step("freezing", || freeze(lab, dir))
 }

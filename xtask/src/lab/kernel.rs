@@ -6,10 +6,11 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 
-use super::dom0::SUITE;
+use super::Flavour;
+use super::modules::Modules;
 use crate::apt::{Area, Package, unpack};
 use crate::cache::{self, Key};
 use crate::step::{line_of, run};
@@ -37,8 +38,14 @@ const PACKAGES: &[&str] = &[
     "xz-utils",
 ];
 
+/// Modules that are kept beside the image of the lab's kernel: disks under plain QEMU, volumes of the device mapper, ext4.
+const KEPT_MODULES: &[&str] = &["virtio_pci", "virtio_blk", "dm_mod", "crc32c_generic", "ext4"];
+
 /// Directory of a root over which each run has a directory of its own.
-pub const WORK: &str = "work";
+pub const WORK: &str = "mnt";
+
+/// Where modules are kept beside an image.
+const MODULES: &str = "modules";
 
 /// Debian's kernel of one suite.
 #[derive(Clone, Debug)]
@@ -52,14 +59,6 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// The kernel of the lab's guest.
-    ///
-    /// # Errors
-    /// Those of [`Self::of`].
-    pub fn guest() -> Result<Self> {
-        Self::of(SUITE)
-    }
-
     /// The newest kernel of a suite, with its root; fetched on first use and kept in the cache under the versions of all packages.
     ///
     /// # Errors
@@ -82,7 +81,7 @@ impl Kernel {
             area.resolve(&wanted)?.into_iter().filter(|package| !is_kernel(&package.name)).collect();
         let list = packages.iter().map(Package::to_string).collect::<Vec<_>>().join("\n");
         let root =
-            cache::get_or_make("kernel-root", Key::new("kernel-root-1").with(list.as_bytes()), |root| {
+            cache::get_or_make("kernel-root", Key::new("kernel-root-2").with(list.as_bytes()), |root| {
                 unpack(&area.download(&packages)?, root)?;
                 complete(root)
             })?;
@@ -104,17 +103,38 @@ impl Kernel {
     /// # Errors
     /// When the mirror cannot be reached and it was not fetched before.
     pub fn image(&self) -> Result<PathBuf> {
+        Ok(self.image_directory()?.join("vmlinuz"))
+    }
+
+    /// A directory with modules for disks and volumes, and a file `order` that names them in the order in which they can be loaded; of the
+    /// lab's own suite only, whose modules are not compressed.
+    ///
+    /// # Errors
+    /// Those of [`Self::image`], and when this is another suite's kernel.
+    pub fn modules(&self) -> Result<PathBuf> {
+        let kept = Flavour::default().suite();
+        ensure!(self.suite == kept, "modules are kept of Debian {kept}'s kernel alone");
+        Ok(self.image_directory()?.join(MODULES))
+    }
+
+    fn image_directory(&self) -> Result<PathBuf> {
         let area = Area::open(self.suite)?;
         let name = format!("linux-image-{}", self.release);
         let packages: Vec<Package> =
             area.resolve(&[&name])?.into_iter().filter(|package| is_kernel(&package.name)).collect();
-        let mut key = Key::new("kernel-image-2");
+        let mut key = Key::new("kernel-image-3").with(KEPT_MODULES.join(" ").as_bytes());
         for package in &packages {
             key = key.with(package.to_string().as_bytes());
         }
-        let made = cache::get_or_make("kernel-image", key, |dir| {
+        cache::get_or_make("kernel-image", key, |dir| {
             let root = dir.join("root");
             unpack(&area.download(&packages)?, &root)?;
+            if self.suite == Flavour::default().suite() {
+                // Of this kernel's own suite, and with nothing of what it looks at unpacked elsewhere.
+                self.run_inside(&root, &["depmod", "-b", &format!("/{WORK}"), &self.release])?;
+                let from = root.join("lib/modules").join(&self.release);
+                Modules::known(&from)?.copy_all(KEPT_MODULES, &dir.join(MODULES))?;
+            }
             // Debian moved it from the one place to the other.
             let places = [
                 format!("boot/vmlinuz-{}", self.release),
@@ -125,11 +145,10 @@ impl Kernel {
                 place.with_context(|| format!("no image in {name}, looked for {}", places.join(", ")))?;
             fs::rename(place, dir.join("vmlinuz"))?;
             Ok(fs::remove_dir_all(&root)?)
-        })?;
-        Ok(made.join("vmlinuz"))
+        })
     }
 
-    /// Runs a program in the root, with `work` as `/work`, its only writable place, and without anything of this machine's
+    /// Runs a program in the root, with `work` as [`WORK`], its only writable place, and without anything of this machine's
     /// environment; returns what it printed, on both outputs.
     ///
     /// # Errors
@@ -159,7 +178,7 @@ const INSIDE: &str = "root=$1 work=$2; shift 2
 mount --bind \"$root\" \"$root\"
 mount -o remount,bind,ro \"$root\"
 mount --rbind /proc \"$root/proc\"
-mount --bind \"$work\" \"$root/work\"
+mount --bind \"$work\" \"$root/mnt\"
 mount -t tmpfs none \"$root/tmp\"
 exec chroot \"$root\" /usr/bin/env -i PATH=/usr/sbin:/usr/bin HOME=/tmp LC_ALL=C \"$@\"";
 

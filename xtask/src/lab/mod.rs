@@ -1,8 +1,10 @@
-//! The lab: two real Xen hosts under QEMU, a link between them, a disk that both see, and a PV guest with a warmed MySQL.
+//! The lab: two real Xen hosts under QEMU, a link between them, a disk that both see, and a guest with a warmed MySQL. There are two
+//! kinds of it: a PV guest on Xen 4.17, and a PVH guest on Xen 4.20.
 
 mod cli;
 mod clock;
 mod dom0;
+mod flavour;
 mod frozen;
 mod guest_disk;
 mod guest_size;
@@ -18,6 +20,7 @@ mod run_dir;
 mod shell;
 
 pub use cli::{Args, run};
+pub use flavour::Flavour;
 pub use guest_disk::get as guest_disk;
 pub use guest_size::GuestSize;
 pub use kernel::{Kernel, WORK};

@@ -1,8 +1,8 @@
 //! Kernel modules of the lab's machines, in the order in which they can be loaded.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -37,7 +37,11 @@ pub(super) const GUEST_BOOT: &[&str] = &["xen-blkfront", "xen-netfront"];
 /// The modules of one kernel in an unpacked root.
 pub(super) struct Modules<'a> {
     dir: &'a Path,
+    /// Of the root; none where only the modules were unpacked.
+    busybox: Option<PathBuf>,
     dependencies: HashMap<String, (String, Vec<String>)>,
+    /// Part of the kernel itself: nothing is to be loaded.
+    built_in: HashSet<String>,
 }
 
 impl<'a> Modules<'a> {
@@ -47,8 +51,23 @@ impl<'a> Modules<'a> {
     /// When depmod fails.
     pub(super) fn read(root: &Path, release: &str, dir: &'a Path) -> Result<Self> {
         run(Command::new("chroot").arg(root).args(["depmod", release]))?;
+        Ok(Self { busybox: Some(root.join("usr/bin/busybox")), ..Self::known(dir)? })
+    }
+
+    /// Those that depmod has seen already.
+    ///
+    /// # Errors
+    /// When it has not.
+    pub(super) fn known(dir: &'a Path) -> Result<Self> {
         let text = fs::read_to_string(dir.join("modules.dep")).context("depmod left no modules.dep")?;
-        Ok(Self { dir, dependencies: parse_dependencies(&text) })
+        let built_in =
+            fs::read_to_string(dir.join("modules.builtin")).context("the kernel has no modules.builtin")?;
+        Ok(Self {
+            dir,
+            busybox: None,
+            dependencies: parse_dependencies(&text),
+            built_in: built_in.lines().map(name_of).collect(),
+        })
     }
 
     /// Paths of `wanted` and all that they need, each after what it needs.
@@ -57,7 +76,7 @@ impl<'a> Modules<'a> {
     /// When there is no such module.
     pub(super) fn in_order(&self, wanted: &[&str]) -> Result<Vec<String>> {
         let mut order: Vec<String> = Vec::new();
-        for name in wanted {
+        for name in wanted.iter().filter(|name| !self.built_in.contains(&canonical(name))) {
             let (path, needed) = self
                 .dependencies
                 .get(&canonical(name))
@@ -75,13 +94,14 @@ impl<'a> Modules<'a> {
     ///
     /// # Errors
     /// When a module or busybox is missing.
-    pub(super) fn initramfs(&self, wanted: &[&str], busybox: &Path) -> Result<Vec<u8>> {
+    pub(super) fn initramfs(&self, wanted: &[&str]) -> Result<Vec<u8>> {
         let mut archive = Archive::default();
         for directory in ["bin", "dev", "proc", "root", "modules"] {
             archive.directory(directory);
         }
         archive.device("dev/console", 5, 1);
         archive.file("init", 0o755, include_bytes!("files/initramfs-init"));
+        let busybox = self.busybox()?;
         let bytes = fs::read(busybox).with_context(|| format!("no busybox at {}", busybox.display()))?;
         archive.file("bin/busybox", 0o755, &bytes);
         let mut names = String::new();
@@ -89,7 +109,7 @@ impl<'a> Modules<'a> {
             let name = file_name(&path);
             names.push_str(name);
             names.push('\n');
-            archive.file(&format!("modules/{name}"), 0o644, &fs::read(self.dir.join(&path))?);
+            archive.file(&format!("modules/{name}"), 0o644, &self.unpacked(&path)?);
         }
         archive.file("modules/order", 0o644, names.as_bytes());
         Ok(archive.finish())
@@ -100,17 +120,42 @@ impl<'a> Modules<'a> {
     /// # Errors
     /// When one is missing or cannot be copied.
     pub(super) fn copy(&self, wanted: &[&str], before: &[&str], to: &Path) -> Result<()> {
-        fs::create_dir_all(to)?;
         let loaded = self.in_order(&[before, ROOT].concat())?;
+        self.copy_but(wanted, &loaded, to)
+    }
+
+    /// The same where nothing is loaded yet.
+    ///
+    /// # Errors
+    /// Those of [`Self::copy`].
+    pub(super) fn copy_all(&self, wanted: &[&str], to: &Path) -> Result<()> {
+        self.copy_but(wanted, &[], to)
+    }
+
+    fn copy_but(&self, wanted: &[&str], loaded: &[String], to: &Path) -> Result<()> {
+        fs::create_dir_all(to)?;
         let mut names = String::new();
         for path in self.in_order(wanted)?.iter().filter(|path| !loaded.contains(path)) {
             let name = file_name(path);
             names.push_str(name);
             names.push('\n');
-            fs::copy(self.dir.join(path), to.join(name))?;
+            fs::write(to.join(name), self.unpacked(path)?)?;
         }
         fs::write(to.join("order"), names)?;
         Ok(())
+    }
+
+    /// A module's bytes: newer suites have them compressed.
+    fn unpacked(&self, path: &str) -> Result<Vec<u8>> {
+        let path = self.dir.join(path);
+        if path.extension().is_some_and(|extension| extension == "xz") {
+            return run(Command::new(self.busybox()?).args(["xz", "-dc"]).arg(&path));
+        }
+        fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+    }
+
+    fn busybox(&self) -> Result<&Path> {
+        self.busybox.as_deref().context("the modules lie in no root that has a busybox")
     }
 }
 
@@ -120,9 +165,14 @@ fn parse_dependencies(text: &str) -> HashMap<String, (String, Vec<String>)> {
         .filter_map(|line| {
             let (path, needed) = line.split_once(':')?;
             let needed = needed.split_whitespace().map(str::to_owned).collect();
-            Some((canonical(file_name(path).trim_end_matches(".ko")), (path.to_owned(), needed)))
+            Some((name_of(path), (path.to_owned(), needed)))
         })
         .collect()
+}
+
+/// The name of the module in a file.
+fn name_of(path: &str) -> String {
+    canonical(file_name(path).trim_end_matches(".ko"))
 }
 
 /// The kernel takes `-` and `_` in a module's name for the same.
@@ -130,8 +180,9 @@ fn canonical(name: &str) -> String {
     name.replace('-', "_")
 }
 
+/// The name of a module's file, as it is when it is unpacked.
 fn file_name(path: &str) -> &str {
-    path.rsplit('/').next().unwrap_or(path)
+    path.rsplit('/').next().unwrap_or(path).trim_end_matches(".xz")
 }
 
 #[cfg(test)]
@@ -143,9 +194,14 @@ mod tests {
         let text = "kernel/fs/ext4/ext4.ko: kernel/fs/jbd2/jbd2.ko kernel/fs/mbcache.ko kernel/lib/crc16.ko\n\
                     kernel/lib/crc16.ko:\nkernel/fs/mbcache.ko:\nkernel/fs/jbd2/jbd2.ko: kernel/lib/crc16.ko\n\
                     kernel/drivers/block/xen-blkfront.ko:\n";
-        let modules = Modules { dir: Path::new("/nowhere"), dependencies: parse_dependencies(text) };
+        let modules = Modules {
+            dir: Path::new("/nowhere"),
+            busybox: None,
+            dependencies: parse_dependencies(text),
+            built_in: HashSet::from(["virtio_pci".to_owned()]),
+        };
         assert_eq!(
-            modules.in_order(&["jbd2", "ext4", "xen_blkfront"]).unwrap(),
+            modules.in_order(&["virtio-pci", "jbd2", "ext4", "xen_blkfront"]).unwrap(),
             [
                 "kernel/lib/crc16.ko",
                 "kernel/fs/jbd2/jbd2.ko",
@@ -155,5 +211,12 @@ mod tests {
             ]
         );
         assert!(modules.in_order(&["no_such"]).is_err());
+    }
+
+    #[test]
+    fn a_compressed_module_has_the_name_that_it_has_unpacked() {
+        let found = parse_dependencies("kernel/fs/ext4/ext4.ko.xz: kernel/fs/mbcache.ko.xz\n");
+        assert_eq!(found["ext4"].0, "kernel/fs/ext4/ext4.ko.xz");
+        assert_eq!(file_name("kernel/fs/ext4/ext4.ko.xz"), "ext4.ko");
     }
 }

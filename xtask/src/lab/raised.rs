@@ -15,8 +15,9 @@ use super::frozen;
 use super::link::{self, LinkBytes};
 use super::machine::Machine;
 use super::qemu::{Config, Qemu, free_port, make_overlay};
-use super::run_dir::{Record, RunDir, forget_process, register_process};
-use super::{GuestSize, Host, guest_disk};
+use super::run_dir::{Record, RunDir};
+use super::{Flavour, GuestSize, Host, guest_disk};
+use crate::ending::{forget_process, register_process};
 use crate::setup;
 use crate::step::{run, step};
 
@@ -31,7 +32,9 @@ const SHORT: Duration = Duration::from_secs(60);
 pub struct Options {
     /// Build and freeze it anew even if the cache has one.
     pub rebuild: bool,
-    /// The guest.
+    /// What kind of lab.
+    pub flavour: Flavour,
+    /// The guest's size.
     pub guest: GuestSize,
 }
 
@@ -41,6 +44,7 @@ pub struct Lab {
     source: Running,
     target: Running,
     run_dir: RunDir,
+    flavour: Flavour,
 }
 
 /// A QEMU that is known to the handler of signals.
@@ -62,7 +66,7 @@ impl Lab {
     /// come up.
     pub fn warm(options: &Options) -> Result<Self> {
         setup::ensure()?;
-        let frozen = frozen::get(options.rebuild, options.guest)?;
+        let frozen = frozen::get(options.rebuild, options.flavour, options.guest)?;
         let lab = step("resuming the warmed lab", || Self::resume(&frozen))?;
         let skew = step("setting the clocks", || lab.set_clocks())?;
         eprintln!(
@@ -75,13 +79,13 @@ impl Lab {
     }
 
     /// Boots two hosts without a guest.
-    pub(super) fn boot(images: &Images, disk: &Path) -> Result<Self> {
+    pub(super) fn boot(images: &Images, flavour: Flavour, disk: &Path) -> Result<Self> {
         let run_dir = RunDir::make()?;
         copy(disk, &run_dir.disks().join("shared.raw"))?;
         for host in Host::BOTH {
             make_overlay(&images.disk(), &run_dir.disks().join(format!("{}.qcow2", host.name())))?;
         }
-        let mut lab = Self::start(images, run_dir, false)?;
+        let mut lab = Self::start(images, flavour, run_dir, false)?;
         for host in Host::BOTH {
             lab.wait_for_shell(host)?;
         }
@@ -93,7 +97,7 @@ impl Lab {
         for name in frozen::DISKS {
             copy(&frozen.dir().join(name), &run_dir.disks().join(name))?;
         }
-        let lab = Self::start(frozen.images(), run_dir, true)?;
+        let lab = Self::start(frozen.images(), frozen.flavour(), run_dir, true)?;
         thread::scope(|scope| {
             let loading = Host::BOTH.map(|host| {
                 let (lab, state) = (&lab, frozen.dir().join(host.state_file()));
@@ -106,6 +110,9 @@ impl Lab {
         })?;
         for host in Host::BOTH {
             lab.qemu(host).monitor()?.execute("cont", &json!({}))?;
+        }
+        if lab.flavour.is_frozen_paused() {
+            lab.host(Host::Source).must("xl unpause db1", SHORT)?;
         }
         lab.announce(false)?;
         Ok(lab)
@@ -124,7 +131,7 @@ impl Lab {
         })
     }
 
-    fn start(images: &Images, run_dir: RunDir, resume: bool) -> Result<Self> {
+    fn start(images: &Images, flavour: Flavour, run_dir: RunDir, resume: bool) -> Result<Self> {
         let try_start = |host: Host| -> Result<Running> {
             let qemu = Qemu::start(Config {
                 host,
@@ -137,8 +144,9 @@ impl Lab {
                 guest_port: free_port()?,
                 resume,
             })?;
-            register_process(qemu.pid());
-            Ok(Running(qemu))
+            let running = Running(qemu);
+            register_process(running.0.pid())?;
+            Ok(running)
         };
         // Between asking for a free port and QEMU's taking it, somebody else may have taken it.
         let start = |host: Host| {
@@ -150,7 +158,7 @@ impl Lab {
         };
         let source = start(Host::Source)?;
         let target = start(Host::Target)?;
-        Ok(Self { source, target, run_dir })
+        Ok(Self { source, target, run_dir, flavour })
     }
 
     fn wait_for_shell(&mut self, host: Host) -> Result<()> {
@@ -201,7 +209,7 @@ impl Lab {
 
     /// Ends the QEMUs and leaves the disks for [`frozen`] to take.
     pub(super) fn into_disks(self) -> RunDir {
-        let Self { source, target, run_dir } = self;
+        let Self { source, target, run_dir, .. } = self;
         drop((source, target));
         run_dir
     }

@@ -1,7 +1,7 @@
-//! A machine with a kernel, an initramfs and a console, and nothing else.
+//! A machine with a kernel, an initramfs, a console and perhaps disks, and nothing else.
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -25,11 +25,17 @@ impl Drop for Machine {
 }
 
 /// Runs the machine to its end and returns what came on its console, each line shown to `look` as it comes. `words` are arguments for
-/// the first program.
+/// the first program; `disks`, raw images, are its virtio disks.
 ///
 /// # Errors
 /// When QEMU cannot be started, or the machine does not end in time.
-pub fn run(kernel: &Path, initrd: &Path, words: &str, mut look: impl FnMut(&str)) -> Result<Vec<String>> {
+pub fn run(
+    kernel: &Path,
+    initrd: &Path,
+    words: &str,
+    disks: &[PathBuf],
+    mut look: impl FnMut(&str),
+) -> Result<Vec<String>> {
     // Always emulated: where /dev/kvm is there but virtualisation is not, a machine under KVM hangs without a word.
     let mut qemu = Command::new("qemu-system-x86_64");
     qemu.args(["-machine", "q35", "-accel", "tcg", "-cpu", "max", "-m", "320"])
@@ -44,6 +50,11 @@ pub fn run(kernel: &Path, initrd: &Path, words: &str, mut look: impl FnMut(&str)
         .arg(initrd)
         .arg("-append")
         .arg(format!("{ARGUMENTS} -- {words}"))
+        .args(
+            disks.iter().flat_map(|disk| {
+                ["-drive".to_owned(), format!("file={},format=raw,if=virtio", disk.display())]
+            }),
+        )
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::inherit());

@@ -31,7 +31,7 @@ pub fn check(kernel: &Kernel, module: &Path) -> Result<()> {
 fn modinfo(kernel: &Kernel, module: &[u8]) -> Result<String> {
     let work = tempfile::tempdir().context("cannot make a temporary directory")?;
     fs::write(work.path().join("poolskip.ko"), module)?;
-    kernel.run_inside(work.path(), &["modinfo", "/work/poolskip.ko"])
+    kernel.run_inside(work.path(), &["modinfo", "/mnt/poolskip.ko"])
 }
 
 /// Signs with a key that is made for it, and lets openssl look at the result.
@@ -135,7 +135,7 @@ mod tests {
 
     fn modinfo() -> String {
         format!(
-            "filename:       /work/poolskip.ko\nversion:        {}\ndescription:    Does things\n\
+            "filename:       /mnt/poolskip.ko\nversion:        {}\ndescription:    Does things\n\
              author:         Poolskip\nlicense:        GPL\nsrcversion:     ABC\ndepends:        \nretpoline:      Y\n\
              name:           poolskip\nvermagic:       6.1.0-1-amd64 SMP preempt mod_unload modversions \n",
             layout::VERSION

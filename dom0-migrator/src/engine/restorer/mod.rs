@@ -241,11 +241,12 @@ impl Restorer {
         if disk.holds_page(offset) { Ok(()) } else { Err(Refusal::OutOfBounds) }
     }
 
-    /// Queues references.
+    /// Queues references; their numbers ascend from call to call.
     pub fn push(&self, wanted: impl Iterator<Item = (Key, Wanted)>) {
+        let runs = queue::runs(wanted, self.shared.bounds);
         let mut waiting = self.shared.lock();
-        for (key, wanted) in wanted {
-            waiting.queue.push(key, wanted);
+        for run in runs {
+            waiting.queue.push(run);
         }
         drop(waiting);
         self.shared.work.notify_all();

@@ -3,8 +3,10 @@
 //! The one that has waited longest goes first, since its page is needed first and its slot in the source's window is taken for longest.
 //! With it go its neighbours on the disk, before and behind, as many as one read of bounded length covers: a pool's pages come in no
 //! order, so the more is waiting, the longer the reads become.
+//!
+//! References whose places and numbers follow each other, as those of a pool's frame mostly do, wait together: a [`Run`].
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 
 use super::super::xen_stream::{MAX_BATCH, PAGE};
 use super::{Key, Wanted};
@@ -25,35 +27,81 @@ pub(super) struct Bounds {
     pub(super) gap_bytes: u64,
 }
 
-/// Of those that are no longer waiting, as many as this may stand in the order besides.
-const SKIPPED_MAX: usize = 1024;
+/// References that lie behind each other on the disk, and have numbers that follow each other.
+#[derive(Clone, Debug)]
+pub(super) struct Run {
+    first: Key,
+    /// None: it was taken out again.
+    wanted: Vec<Option<Wanted>>,
+    left: usize,
+}
 
-/// All that wait, by place and by number.
+impl Run {
+    fn end(&self) -> u64 {
+        self.first.offset + (self.wanted.len() * PAGE) as u64
+    }
+
+    fn continues_with(&self, key: Key) -> bool {
+        let numbers_follow = key.number == self.first.number + self.wanted.len() as u64;
+        key.disk == self.first.disk && key.offset == self.end() && numbers_follow
+    }
+
+    fn into_wanted(self) -> impl Iterator<Item = (Key, Wanted)> {
+        let Key { disk, offset, number } = self.first;
+        (0_u64..).zip(self.wanted).filter_map(move |(index, wanted)| {
+            let key = Key { disk, offset: offset + index * PAGE as u64, number: number + index };
+            Some((key, wanted?))
+        })
+    }
+}
+
+/// Makes runs, none longer than a read, of references whose numbers ascend.
+pub(super) fn runs(references: impl Iterator<Item = (Key, Wanted)>, bounds: Bounds) -> Vec<Run> {
+    let longest = (bounds.read_bytes as usize / PAGE).clamp(1, MAX_BATCH);
+    let mut runs: Vec<Run> = Vec::new();
+    for (key, wanted) in references {
+        match runs.last_mut() {
+            Some(last) if last.wanted.len() < longest && last.continues_with(key) => {
+                last.wanted.push(Some(wanted));
+                last.left += 1;
+            }
+            _ => runs.push(Run { first: key, wanted: vec![Some(wanted)], left: 1 }),
+        }
+    }
+    runs
+}
+
+/// All that wait, by number and by place.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    by_place: BTreeMap<Key, Wanted>,
-    /// In the order of their numbers; those that are no longer waiting are skipped when their turn comes.
-    by_number: VecDeque<Key>,
+    /// By the number of its first reference.
+    by_number: BTreeMap<u64, Run>,
+    /// By its first reference; with its length in pages.
+    by_place: BTreeMap<Key, usize>,
 }
 
 impl Queue {
     pub(super) fn is_empty(&self) -> bool {
-        self.by_place.is_empty()
+        self.by_number.is_empty()
     }
 
-    /// Adds one; numbers ascend from call to call. What is no longer waiting is forgotten when it is more than half, so that a source
-    /// which replaces its references over and over, faster than disks are read, takes no memory by it.
-    pub(super) fn push(&mut self, key: Key, wanted: Wanted) {
-        if self.by_number.len() >= 2 * self.by_place.len() + SKIPPED_MAX {
-            let Self { by_place, by_number } = self;
-            by_number.retain(|key| by_place.contains_key(key));
-        }
-        self.by_number.push_back(key);
-        self.by_place.insert(key, wanted);
+    /// Adds one; numbers ascend from call to call.
+    pub(super) fn push(&mut self, run: Run) {
+        self.by_place.insert(run.first, run.wanted.len());
+        self.by_number.insert(run.first.number, run);
     }
 
     pub(super) fn remove(&mut self, key: &Key) -> Option<Wanted> {
-        self.by_place.remove(key)
+        let (_, run) = self.by_number.range_mut(..=key.number).next_back()?;
+        let index = usize::try_from(key.number - run.first.number).ok()?;
+        let wanted = run.wanted.get_mut(index)?.take()?;
+        run.left -= 1;
+        if run.left == 0 {
+            let first = run.first;
+            self.by_place.remove(&first);
+            self.by_number.remove(&first.number);
+        }
+        Some(wanted)
     }
 
     pub(super) fn clear(&mut self) {
@@ -63,35 +111,40 @@ impl Queue {
 
     /// Takes what the next read covers.
     pub(super) fn next_job(&mut self, bounds: Bounds) -> Option<Job> {
-        let oldest = loop {
-            let key = self.by_number.pop_front()?;
-            if self.by_place.contains_key(&key) {
-                break key;
-            }
-        };
-        let Key { disk, offset, .. } = oldest;
-        let page = PAGE as u64;
-        let (mut start, mut end) = (offset, offset + page);
-        let mut taken = vec![oldest];
+        let (_, oldest) = self.by_number.pop_first()?;
+        let Key { disk, offset, .. } = oldest.first;
+        let (mut start, mut end) = (offset, oldest.end());
+        let mut pages = oldest.wanted.len();
+        let mut taken = vec![oldest.first];
         // Half of the read at most before it, so that what follows the oldest finds room as well.
-        for (key, _) in self.by_place.range(..oldest).rev() {
-            let near = key.disk == disk && key.offset + page + bounds.gap_bytes >= start;
-            if !near || end - key.offset > bounds.read_bytes / 2 || taken.len() >= MAX_BATCH / 2 {
+        for (key, &length) in self.by_place.range(..oldest.first).rev() {
+            let near = key.disk == disk && key.offset + (length * PAGE) as u64 + bounds.gap_bytes >= start;
+            if !near || end - key.offset > bounds.read_bytes / 2 || pages + length > MAX_BATCH / 2 {
                 break;
             }
-            start = start.min(key.offset);
+            (start, end) = (start.min(key.offset), end.max(key.offset + (length * PAGE) as u64));
+            pages += length;
             taken.push(*key);
         }
-        taken.reverse();
-        for (key, _) in self.by_place.range(oldest..).skip(1) {
+        for (key, &length) in self.by_place.range(oldest.first..).skip(1) {
+            let its_end = key.offset + (length * PAGE) as u64;
             let near = key.disk == disk && key.offset <= end + bounds.gap_bytes;
-            if !near || key.offset + page - start > bounds.read_bytes || taken.len() >= MAX_BATCH {
+            if !near || its_end.max(end) - start > bounds.read_bytes || pages + length > MAX_BATCH {
                 break;
             }
-            end = end.max(key.offset + page);
+            end = end.max(its_end);
+            pages += length;
             taken.push(*key);
         }
-        let wanted = taken.into_iter().filter_map(|key| Some((key, self.remove(&key)?))).collect();
+        let mut wanted = Vec::with_capacity(pages);
+        let mut oldest = Some(oldest);
+        for key in taken {
+            self.by_place.remove(&key);
+            let run = oldest.take().or_else(|| self.by_number.remove(&key.number));
+            wanted.extend(run.into_iter().flat_map(Run::into_wanted));
+        }
+        // In the order of the disk.
+        wanted.sort_unstable_by_key(|(key, _)| *key);
         Some(Job { wanted })
     }
 }
@@ -105,10 +158,10 @@ mod tests {
 
     fn queue(places: &[(u8, u64)]) -> Queue {
         let mut queue = Queue::default();
-        for (number, &(disk, offset)) in places.iter().enumerate() {
-            let key = Key { disk, offset, number: number as u64 };
-            queue.push(key, Wanted { pfn: number as u64, hash: [0; 16] });
-        }
+        let references = places.iter().zip(0_u64..).map(|(&(disk, offset), number)| {
+            (Key { disk, offset, number }, Wanted { pfn: number, hash: [0; 16] })
+        });
+        runs(references, BOUNDS).into_iter().for_each(|run| queue.push(run));
         queue
     }
 
@@ -128,27 +181,42 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_behind_each_other_waits_together() {
+        let places: Vec<_> = (0..40).map(|page| (0, page * PAGE as u64)).collect();
+        let mut queue = queue(&places);
+        // A read has 16 pages at most.
+        assert_eq!(queue.by_number.keys().copied().collect::<Vec<_>>(), [0, 16, 32]);
+        for number in 0..16 {
+            let key = Key { disk: 0, offset: number * PAGE as u64, number };
+            assert!(queue.remove(&key).is_some() && queue.remove(&key).is_none());
+        }
+        let taken: Vec<_> = std::iter::from_fn(|| queue.next_job(BOUNDS)).map(|job| numbers(&job)).collect();
+        assert_eq!(taken, [(16..32).collect::<Vec<_>>(), (32..40).collect()]);
+    }
+
+    /// A source that replaces its references faster than disks are read takes no memory by it.
+    #[test]
     fn what_is_replaced_over_and_over_takes_no_memory() {
         let mut queue = Queue::default();
         let wanted = Wanted { pfn: 7, hash: [0; 16] };
         for number in 0..100_000 {
-            queue.push(Key { disk: 0, offset: 0, number }, wanted);
-            if number < 99_990 {
-                queue.remove(&Key { disk: 0, offset: 0, number });
-            }
+            let key = Key { disk: 0, offset: 0, number };
+            runs(std::iter::once((key, wanted)), BOUNDS).into_iter().for_each(|run| queue.push(run));
+            assert!(number >= 99_990 || queue.remove(&key).is_some());
         }
-        assert!(queue.by_number.len() <= SKIPPED_MAX + 20, "{}", queue.by_number.len());
-        let job = queue.next_job(BOUNDS).unwrap();
-        assert_eq!(numbers(&job), (99_990..100_000).collect::<Vec<_>>());
-        assert!(queue.is_empty());
+        assert_eq!((queue.by_number.len(), queue.by_place.len()), (10, 10));
     }
 
     proptest! {
         #[test]
         fn every_reference_is_taken_once_and_reads_keep_their_bounds(
-            places in proptest::collection::vec((0_u8..2, (0_u64..4000).prop_map(|sector| sector * 512)), 0..200),
+            runs in proptest::collection::vec((0_u8..2, (0_u64..4000).prop_map(|sector| sector * 512), 1_u64..20), 0..60),
             cancelled in proptest::collection::vec(any::<proptest::sample::Index>(), 0..10),
         ) {
+            let places: Vec<_> = runs
+                .iter()
+                .flat_map(|&(disk, offset, pages)| (0..pages).map(move |page| (disk, offset + page * PAGE as u64)))
+                .collect();
             let mut queue = queue(&places);
             let mut left: std::collections::BTreeSet<u64> = (0..places.len() as u64).collect();
             for index in cancelled.iter().filter(|_| !places.is_empty()) {

@@ -6,6 +6,7 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, after, never, select_biased};
 
 use super::Request;
+use super::backlog::{Pages, SinceFence};
 use super::settle::Drain;
 use super::side::{Side, SideEvent};
 use super::work::{Knowledge, Record, ToWorkers};
@@ -15,11 +16,13 @@ use crate::engine::intake::{Arrived, Incoming, Intake};
 use crate::engine::late_writes::LastSent;
 use crate::engine::memory_record::{self, Builder};
 use crate::engine::outlet::{Outlet, Parcel};
-use crate::engine::pool::{Buffer, Pool};
+use crate::engine::pool::Pool;
 use crate::engine::summary::{DrainReport, SourceStats};
 use crate::engine::travel::Travel;
 use crate::engine::window::Window;
-use crate::engine::xen_stream::{MAX_PAGE_DATA, PageData, RecordHeader, is_page_table, record};
+use crate::engine::xen_stream::{
+    DOMAIN_HVM, MAX_PAGE_DATA, PageData, RecordHeader, domain_type, is_page_table, record,
+};
 
 /// How memory is treated now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +38,7 @@ pub(super) enum Mode {
 /// What the filter's thread owns.
 pub(super) struct Filter {
     pub(super) arrived: Receiver<Arrived<ToWorkers>>,
-    pub(super) outlet: Outlet<Buffer, Sender<()>>,
+    pub(super) outlet: Outlet<Pages, Sender<()>>,
     /// Buffers for copies of retained pages. They are not the input's, for which the input might be waiting.
     pub(super) copies: Pool,
     pub(super) knowledge: Arc<Knowledge>,
@@ -49,6 +52,11 @@ pub(super) struct Filter {
     pub(super) window: Window,
     pub(super) config: Config,
     pub(super) drain: Option<Drain>,
+    /// Who waits until the wire has caught up.
+    pub(super) catching_up: Option<Sender<()>>,
+    pub(super) since_fence: SinceFence,
+    /// Whether PFNs are to be named in order, their pages present or not: for PVH and HVM guests.
+    pub(super) placeholders: bool,
     /// Number of the last sync record sent, and of the last one answered.
     pub(super) syncs: (u64, u64),
     /// Verdicts so far, on references of any kind; one on each at most.
@@ -66,24 +74,32 @@ impl Filter {
         loop {
             self.handle_side_events()?;
             let patience = self.go_on_draining()?;
+            self.go_on_catching_up();
             self.advise_workers();
             self.publish();
             let events = self.side.as_ref().map_or_else(never, |side| side.events.clone());
             let timeout = patience.map_or_else(never, after);
+            let progress = match self.catching_up {
+                Some(_) => self.outlet.progress.clone(),
+                None => never(),
+            };
             // What the target says goes first: it makes room.
             let arrived = select_biased! {
                 recv(events) -> event => {
-                    let lost = || SideEvent::lost("the side channel's thread has ended");
-                    self.handle_side_event(event.unwrap_or_else(|_| lost()))?;
+                    self.handle_side_event(event.unwrap_or_else(|_| side_is_gone()))?;
                     continue;
                 }
                 recv(self.outlet.gone) -> _ => return Err(EngineError::Gone),
                 recv(self.arrived) -> arrived => arrived.map_err(|_| EngineError::Panicked)?,
                 recv(timeout) -> _ => continue,
+                recv(progress) -> _ => continue,
             };
             self.stats.bytes_in = arrived.offset;
             match arrived.what {
-                Incoming::Headers(headers) => self.send(Parcel::bytes(headers.to_vec()))?,
+                Incoming::Headers(headers) => {
+                    self.placeholders = domain_type(&headers) == DOMAIN_HVM;
+                    self.send(Parcel::bytes(headers.to_vec()))?;
+                }
                 Incoming::Request(request) => self.handle_request(request),
                 Incoming::Record(ticket) => {
                     let record = ticket.recv().map_err(|_| EngineError::Panicked)?;
@@ -95,15 +111,30 @@ impl Filter {
                         return Ok(());
                     }
                 }
-                Incoming::Piece(piece) => self.send(Parcel::whole(Vec::new(), piece))?,
+                Incoming::Piece(piece) => self.send(Parcel::whole(Vec::new(), Pages::Record(piece)))?,
                 Incoming::Failed(error) => return Err(error),
             }
         }
     }
 
-    pub(super) fn send(&mut self, parcel: Parcel<Buffer, Sender<()>>) -> Result<(), EngineError> {
+    /// Sends something behind all that was sent before.
+    pub(super) fn send(&mut self, parcel: Parcel<Pages, Sender<()>>) -> Result<(), EngineError> {
         self.bytes_sent += parcel.length();
         self.outlet.send(parcel)
+    }
+
+    /// Sends memory that may overtake other memory ([`backlog`](super::backlog)).
+    pub(super) fn send_first(&mut self, parcel: Parcel<Pages, Sender<()>>) -> Result<(), EngineError> {
+        self.bytes_sent += parcel.length();
+        self.outlet.send_first(parcel)
+    }
+
+    /// Sends what overtakes nothing, and is overtaken by nothing.
+    pub(super) fn send_alone(&mut self, parcel: Parcel<Pages, Sender<()>>) -> Result<(), EngineError> {
+        self.outlet.fence();
+        self.send(parcel)?;
+        self.since_fence = SinceFence::Other;
+        Ok(())
     }
 
     pub(super) fn publish(&mut self) {
@@ -122,6 +153,7 @@ impl Filter {
                 self.stats.rounds = self.stats.rounds.max(iteration.saturating_add(1));
             }
             Request::Suspended => self.may_refer = false,
+            Request::CatchUp(reply) => self.catching_up = Some(reply),
             Request::Drain(reply) => {
                 self.may_refer = false;
                 let before = (self.stats.references_accepted, self.stats.references_refused);
@@ -157,7 +189,7 @@ impl Filter {
         if kind == record::VERIFY {
             self.mode = Mode::Verify;
         }
-        self.send(Parcel::bytes(RecordHeader::bytes(kind, header.length as usize).to_vec()))
+        self.send_alone(Parcel::bytes(RecordHeader::bytes(kind, header.length as usize).to_vec()))
     }
 
     /// The pages of VERIFY are through: says which of them are not what was sent last.
@@ -194,8 +226,13 @@ impl Filter {
                 self.stats.pages_resent += count;
             }
         }
-        if self.mode == Mode::Filter && self.plan(&pages, &record) {
-            return self.send_memory_record(record);
+        let may_part = self.keep_order(&pages);
+        if self.mode == Mode::Filter {
+            let refer = self.may_refer && may_part && record.pass <= self.config.reference_passes;
+            self.wait_for_room(&record, refer)?;
+            if self.plan(&pages, &record, refer) {
+                return self.send_memory_record(record, may_part);
+            }
         }
         if self.mode != Mode::Verify {
             self.stats.pages_raw += count;
@@ -205,8 +242,18 @@ impl Filter {
         }
         self.stats.bytes_page_data += pages.data.len() as u64;
         let head = RecordHeader::bytes(header.kind, header.length as usize).to_vec();
-        self.send(Parcel::whole(head, record.body))
+        let body = if self.mode == Mode::Filter && self.is_behind() {
+            Pages::Copy(record.body.to_vec())
+        } else {
+            Pages::Record(record.body)
+        };
+        self.send(Parcel::whole(head, body))
     }
+}
+
+/// The event of a side channel whose thread has ended.
+pub(super) fn side_is_gone() -> SideEvent {
+    SideEvent::lost("the side channel's thread has ended")
 }
 
 impl Filter {

@@ -9,10 +9,10 @@
 //! ```
 //!
 //! One thread, the filter's, owns the window and decides how each page goes. It takes records in the order in which they were written,
-//! whatever the order in which the workers finish, and what it sends is written in the order in which it was sent. So the order in which it
-//! handles things *is* the order of truth: what it sends later is newer. The others only read ahead, look at bytes that
-//! no longer change, or write what it has sent: so the wire is not idle while pages are hashed, and libxenguest does not wait for the wire
-//! before the buffers on the way are full (one a record of 4 MiB; [`BUFFERS`] and one for each worker).
+//! whatever the order in which the workers finish, and what it sends of a PFN is written in the order in which it was sent ([`backlog`] says
+//! what may overtake what). So the order in which it handles things *is* the order of truth: what it sends later is newer. The others
+//! only read ahead, look at bytes that no longer change, or write what it has sent: so the wire is not idle while pages are hashed,
+//! and libxenguest does not wait for the wire before the budget for what is on the way is used up.
 //!
 //! # The rule for a page that goes by reference
 //! What one would like is to forget a page once its reference is sent. But the target may refuse it, much later, when the
@@ -25,11 +25,12 @@
 //!   reference by number, and a number that is settled is not looked at again;
 //! * time is over, or the side channel is lost: send the bytes, as if refused.
 //!
-//! In every case what the target knows last about the PFN is what libxenguest sent last: the stream is written in the order in which the
-//! filter's thread sent it, and every one of these cases happens on that thread. In particular a refusal and a newer entry for the same PFN cannot
+//! In every case what the target knows last about the PFN is what libxenguest sent last: what the stream says of a PFN stands in the order
+//! in which the filter's thread sent it, and every one of these cases happens on that thread. In particular a refusal and a newer entry for the same PFN cannot
 //! cross: either the refusal is handled first, and the retained bytes go before the newer entry, or it comes later
 //! and finds the number settled.
 
+mod backlog;
 mod filter;
 mod plan;
 mod settle;
@@ -41,7 +42,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::config::{Config, DiskName};
 use super::descriptor::{Input, Output, Ringer, bell};
@@ -55,6 +56,7 @@ use super::pool::Pool;
 use super::reference_map::ReferenceMap;
 use super::summary::{DrainReport, SourceStats, SourceSummary};
 use super::window::Window;
+use backlog::SinceFence;
 use filter::{Filter, Mode};
 use side::Side;
 use work::{Knowledge, Pass, ToWorkers, Workers};
@@ -62,6 +64,8 @@ use work::{Knowledge, Pass, ToWorkers, Workers};
 /// Records on their way through the filter at once, beside those that workers hold: a few that wait for their turn, a few
 /// that wait for the wire.
 const BUFFERS: usize = 6;
+/// Parcels on their way to the wire at most. What they hold is bounded in bytes, by the pools and by the filter.
+const BEHIND: usize = 1024;
 /// Buffers for copies of retained pages that are sent after all.
 const COPIES: usize = 2;
 
@@ -86,6 +90,7 @@ pub struct SourceParts {
 #[derive(Debug)]
 enum Request {
     Round(u32),
+    CatchUp(Sender<()>),
     Drain(Sender<DrainReport>),
     Suspended,
 }
@@ -144,7 +149,7 @@ impl SourceFilter {
         });
         let hashers = config.hashers.max(1);
         let workers = Workers::start(hashers, &knowledge).map_err(EngineError::Start)?;
-        let outlet = Outlet::start("source-outlet", Output::new(to_wire), |done: Sender<()>| {
+        let outlet = Outlet::start("source-outlet", BEHIND, Output::new(to_wire), |done: Sender<()>| {
             // Whoever asked may be gone.
             let _ = done.send(());
         })
@@ -172,6 +177,9 @@ impl SourceFilter {
             window,
             config,
             drain: None,
+            catching_up: None,
+            since_fence: SinceFence::default(),
+            placeholders: false,
             syncs: (0, 0),
             verdicts_heard: 0,
             stats: summary.stats.clone(),
@@ -203,6 +211,15 @@ impl SourceFilter {
     /// Tells that libxenguest begins a pass over memory (0 is the first).
     pub fn enter_round(&self, iteration: u32) {
         self.ask(Request::Round(iteration));
+    }
+
+    /// Call from libxenguest's thread, in the precopy policy, between two passes: has something in it once everything written so
+    /// far has been consumed and all but a little of it is on the wire. The log of dirty pages, which is read after that, then says
+    /// nothing of pages that wait to be sent. It is disconnected when the filter has ended.
+    pub fn catch_up(&self) -> Receiver<()> {
+        let (reply, caught_up) = bounded(1);
+        self.ask(Request::CatchUp(reply));
+        caught_up
     }
 
     /// Call from libxenguest's thread, in the precopy policy, just before the domain is suspended. Returns when everything

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use super::backlog::Pages;
 use super::filter::Filter;
 use super::work::{Class, Record};
 use crate::engine::error::EngineError;
@@ -14,11 +15,12 @@ use crate::engine::xen_stream::{PAGE, PAGE_DATA_HEAD, PageData, RECORD_HEADER, R
 impl Filter {
     /// Decides for every entry how it goes, fills the builder, and keeps copies of the pages that go by reference. False: the
     /// record is best sent as it is (nothing of it goes by reference then).
-    pub(super) fn plan(&mut self, pages: &PageData<'_>, record: &Record) -> bool {
+    ///
+    /// `refer`: pages may go by reference. Not those of a record that names PFNs out of order, perhaps twice, which libxenguest never does:
+    /// the later entry would have to supersede the earlier one.
+    pub(super) fn plan(&mut self, pages: &PageData<'_>, record: &Record, refer: bool) -> bool {
         self.builder.clear();
-        // libxenguest never names a PFN twice in a record; if it did, the later entry would have to supersede the earlier one.
-        let is_ascending = pages.entries().is_sorted_by(|a, b| a.pfn < b.pfn);
-        let refer = self.may_refer && is_ascending && record.pass <= self.config.reference_passes;
+        let refer = refer && self.may_refer;
         let mut hashes = record.hashes.iter();
         let mut zeros = 0;
         for ((entry, page), class) in pages.pages_by_entry().zip(&record.classes) {
@@ -74,12 +76,14 @@ impl Filter {
 
     /// Tells the workers what is worth their while.
     pub(super) fn advise_workers(&self) {
-        self.knowledge.room.store(self.window.room(), Ordering::Relaxed);
+        // While the wire is behind the filter waits for room, so there will be some.
+        let room = if self.is_behind() { self.window.capacity() } else { self.window.room() };
+        self.knowledge.room.store(room, Ordering::Relaxed);
         self.knowledge.may_refer.store(self.may_refer, Ordering::Relaxed);
     }
 
-    /// Sends what was planned.
-    pub(super) fn send_memory_record(&mut self, record: Record) -> Result<(), EngineError> {
+    /// Sends what was planned; in two records when the wire is behind and the record may be parted.
+    pub(super) fn send_memory_record(&mut self, record: Record, may_part: bool) -> Result<(), EngineError> {
         let raw_at = record.header.length as usize - record_pages(&record) * PAGE;
         let mut pieces: Vec<Piece> = Vec::new();
         let (mut at, mut raw) = (raw_at, 0);
@@ -88,7 +92,7 @@ impl Filter {
             self.travel.span(span.first.pfn, u64::from(span.count), way(span, record.pass > 1));
             match span.kind {
                 SpanKind::Raw => {
-                    add_range(&mut pieces, at..at + count * PAGE);
+                    add_range(&mut pieces, 0, at..at + count * PAGE);
                     raw += count;
                     self.stats.pages_raw += count as u64;
                     if is_page_table(span.first.page_type) {
@@ -110,13 +114,29 @@ impl Filter {
             }
             at += count * PAGE;
         }
+        self.stats.bytes_page_data += (raw * PAGE) as u64;
+        let parted = may_part && self.is_behind();
+        let apart = if parted { self.part(&record, raw_at) } else { None };
+        if parted {
+            (pieces, raw) = (Vec::new(), 0);
+        }
+        if self.builder.spans.is_empty() {
+            return apart.map_or(Ok(()), |apart| self.send(apart));
+        }
         let length = self.builder.head_len() + raw * PAGE;
         let mut head = Vec::with_capacity(RECORD_HEADER + self.builder.head_len());
         head.extend_from_slice(&RecordHeader::bytes(memory_record::RECORD_TYPE, length));
         let first = self.window.next_number() - self.builder.hashes.len() as u64;
         self.builder.write_head(first, &mut head);
-        self.stats.bytes_page_data += (raw * PAGE) as u64;
-        self.send(Parcel { head, pieces, body: Some(record.body), then: None })
+        let body = (!parted).then_some(Pages::Record(record.body));
+        let parcel = Parcel { head, pieces, body, then: None };
+        // All records with references go in this lane, so that their numbers ascend.
+        if may_part {
+            self.send_first(parcel)?
+        } else {
+            self.send(parcel)?
+        }
+        apart.map_or(Ok(()), |apart| self.send(apart))
     }
 }
 

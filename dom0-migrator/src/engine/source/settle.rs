@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Sender, bounded};
 
+use super::backlog::Pages;
 use super::filter::{Filter, Mode};
 use super::side::SideEvent;
 use crate::engine::error::{EngineError, SideError};
@@ -53,7 +54,7 @@ impl Filter {
             let body = memory_record::sync_body(self.syncs.0);
             let mut bytes = RecordHeader::bytes(memory_record::RECORD_TYPE, body.len()).to_vec();
             bytes.extend_from_slice(&body);
-            self.send(Parcel::bytes(bytes))?;
+            self.send_alone(Parcel::bytes(bytes))?;
             return Ok(Some(left));
         }
         let is_synced = drain.sync.is_none_or(|number| number <= answered);
@@ -79,7 +80,7 @@ impl Filter {
     /// Waits until all that was sent is written.
     fn flush(&mut self) -> Result<(), EngineError> {
         let (done, is_done) = bounded(1);
-        self.send(Parcel { then: Some(done), ..Parcel::bytes(Vec::new()) })?;
+        self.send_alone(Parcel { then: Some(done), ..Parcel::bytes(Vec::new()) })?;
         is_done.recv().map_err(|_| EngineError::Gone)
     }
 
@@ -195,7 +196,8 @@ impl Filter {
             for (to, page) in copy.bytes_mut().chunks_exact_mut(PAGE).zip(batch) {
                 to.copy_from_slice(self.window.page(page.slot));
             }
-            self.send(Parcel::whole(head, copy))?;
+            // Before anything newer of these PFNs, in whichever lane that goes.
+            self.send_first(Parcel::whole(head, Pages::Record(copy)))?;
             self.stats.bytes_page_data += (batch.len() * PAGE) as u64;
         }
         for page in retained {

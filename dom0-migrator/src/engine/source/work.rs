@@ -67,7 +67,7 @@ pub(super) struct Knowledge {
     pub(super) reference_passes: u32,
     /// Whether pages may go by reference at all; the filter's thread says when that ends.
     pub(super) may_refer: AtomicBool,
-    /// Room in the window, as the filter's thread saw it last: not worth hashing more.
+    /// Room in the window, as the filter's thread saw it last, or will have made when their turn has come: not worth hashing more.
     pub(super) room: AtomicUsize,
 }
 
@@ -80,10 +80,11 @@ impl Knowledge {
         let refer = self.may_refer.load(Ordering::Relaxed) && record.pass <= self.reference_passes;
         let mut room = if refer { self.room.load(Ordering::Relaxed) } else { 0 };
         let mut listed = Vec::with_capacity(if refer { pages.pages() } else { 0 });
+        let mut places = self.map.cursor();
         record.classes.extend(pages.pages_by_entry().map(|(entry, page)| match page {
             None => Class::NoData,
             Some(page) if entry.page_type == NOTAB && page == ZERO_PAGE => Class::Zero,
-            Some(page) if entry.page_type == NOTAB && refer => match self.map.lookup(Pfn(entry.pfn)) {
+            Some(page) if entry.page_type == NOTAB && refer => match places.lookup(Pfn(entry.pfn)) {
                 None => Class::Plain,
                 Some(place) if room > 0 && self.is_open(place) => {
                     room -= 1;
@@ -194,7 +195,7 @@ impl Dispatch for ToWorkers {
     }
 
     fn asks_for_silence(request: &Request) -> bool {
-        matches!(request, Request::Drain(_))
+        matches!(request, Request::Drain(_) | Request::CatchUp(_))
     }
 }
 

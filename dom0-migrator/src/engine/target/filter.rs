@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crossbeam_channel::{Receiver, never, select_biased};
+use crossbeam_channel::{Receiver, never, select};
 
 use super::page_data_out::{PageDataOut, Pages};
 use super::side::{Agreed, Saying, Side, Verdict};
@@ -18,7 +18,8 @@ use crate::engine::restorer::{Batch, Key, Restorer, Wanted};
 use crate::engine::side_message::Refusal;
 use crate::engine::summary::{DiskSummary, RefusalCounts, TargetStats, TargetSummary};
 use crate::engine::xen_stream::{
-    DOMAIN_HVM, Entry, MAX_PAGE_DATA, NOTAB, PAGE, PageData, RecordHeader, XALLOC, domain_type, record,
+    DOMAIN_HVM, Entry, MAX_BATCH, MAX_PAGE_DATA, NOTAB, PAGE, PageData, RecordHeader, XALLOC, domain_type,
+    record,
 };
 
 /// Longest body of a record of ours.
@@ -49,6 +50,14 @@ pub(super) struct Held {
     pub(super) disk: u8,
     pub(super) offset: u64,
     pub(super) waits_for_reader: bool,
+}
+
+/// What several reads have brought, on its way into one record.
+#[derive(Default)]
+struct Joined {
+    batches: Vec<Batch>,
+    pages: PageDataOut,
+    verdicts: Vec<Verdict>,
 }
 
 /// The reading thread's part: none, records go to the filter as they are.
@@ -117,8 +126,8 @@ impl Filter {
                 Some(side) if !self.side_ended => side.lost.clone(),
                 _ => never(),
             };
-            // What the disks have brought goes first: it makes room at both ends.
-            let arrived = select_biased! {
+            // Network and disks take turns: if one always went first, the other would stand still while libxenguest is slower than that one.
+            let arrived = select! {
                 recv(loaded) -> batch => {
                     if let Ok(batch) = batch {
                         self.hand_on(batch)?;
@@ -234,14 +243,30 @@ impl Filter {
         }
     }
 
-    /// Hands on what a disk has brought. The verdict is given once libxenguest has the pages in its pipe.
-    fn hand_on(&mut self, batch: Batch) -> Result<(), EngineError> {
+    /// Hands on what disks have brought: this, and all that is there beside it, in records as long as libxenguest's own may be, since it
+    /// maps and unmaps the guest's pages for each record. The verdicts are given once libxenguest has the pages in its pipe.
+    fn hand_on(&mut self, first: Batch) -> Result<(), EngineError> {
+        let results = self.session.as_ref().map_or_else(never, |session| session.restorer.results.clone());
+        let mut joined = Joined::default();
+        let mut next = Some(first);
+        while let Some(batch) = next {
+            let is_full = joined.pages.len() + batch.loaded.len() > MAX_BATCH;
+            if is_full {
+                self.send_joined(std::mem::take(&mut joined))?;
+            }
+            self.join(&mut joined, batch);
+            // What comes over the network is to have its turn too.
+            next = if is_full { None } else { results.try_recv().ok() };
+        }
+        self.send_joined(joined)
+    }
+
+    /// Adds what is still wanted of a batch.
+    fn join(&mut self, joined: &mut Joined, batch: Batch) {
         self.stats.disk_reads += 1;
         self.stats.disk_bytes += batch.read_bytes;
         self.stats.disk_seconds += batch.read_seconds;
         self.stats.hashing_seconds += batch.hash_seconds;
-        let mut verdicts = Vec::with_capacity(batch.loaded.len());
-        let mut pages = PageDataOut::default();
         for loaded in &batch.loaded {
             let Some(held) = self.held.get_mut(&loaded.pfn).filter(|held| held.number == loaded.number)
             else {
@@ -250,18 +275,24 @@ impl Filter {
             match loaded.outcome {
                 Ok(at) => {
                     self.held.remove(&loaded.pfn);
-                    pages.push_page(Entry { pfn: loaded.pfn, page_type: NOTAB }, at..at + PAGE);
+                    let entry = Entry { pfn: loaded.pfn, page_type: NOTAB };
+                    joined.pages.push_page(entry, joined.batches.len(), at..at + PAGE);
                     self.stats.references_accepted += 1;
-                    verdicts.push((loaded.number, Ok(())));
+                    joined.verdicts.push((loaded.number, Ok(())));
                 }
                 Err(reason) => {
                     held.waits_for_reader = false;
                     count_refusal(&mut self.stats.refused, reason);
-                    verdicts.push((loaded.number, Err(reason)));
+                    joined.verdicts.push((loaded.number, Err(reason)));
                 }
             }
         }
-        match pages.parcel(Pages::Batch(batch)) {
+        joined.batches.push(batch);
+    }
+
+    fn send_joined(&mut self, joined: Joined) -> Result<(), EngineError> {
+        let Joined { batches, pages, verdicts } = joined;
+        match pages.parcel(Pages::Batches(batches)) {
             Some(parcel) => self.send(Parcel { then: Some(Saying::Verdicts(verdicts)), ..parcel }),
             None => {
                 self.give_verdicts(verdicts);
@@ -395,7 +426,7 @@ impl Filter {
                 self.supersede(entry.pfn, &mut cancelled);
                 match span.kind {
                     SpanKind::Raw => {
-                        out.push_page(entry, raw_at..raw_at + PAGE);
+                        out.push_page(entry, 0, raw_at..raw_at + PAGE);
                         raw_at += PAGE;
                         self.stats.pages_raw += 1;
                     }

@@ -45,6 +45,8 @@ use side::Side;
 
 /// Records of 4 MiB on their way through the filter at once.
 const BUFFERS: usize = 8;
+/// Parcels on their way to libxenguest: a few, for what the disks bring meanwhile is joined to longer ones.
+const BEHIND: usize = 4;
 
 /// What a [`TargetFilter`] stands between.
 #[derive(Debug)]
@@ -80,7 +82,7 @@ impl TargetFilter {
         let stats = Arc::new(Mutex::new(TargetStats::default()));
         let side = side.map(|fd| Side::start(fd, &config)).transpose().map_err(EngineError::Start)?;
         let sayings = side.as_ref().map(|side| side.sayings.clone());
-        let outlet = Outlet::start("target-outlet", Output::new(to_restore), move |saying| {
+        let outlet = Outlet::start("target-outlet", BEHIND, Output::new(to_restore), move |saying| {
             if let Some(sayings) = &sayings {
                 sayings.say(saying);
             }

@@ -12,21 +12,21 @@ use crate::engine::xen_stream::{Entry, PAGE, PAGE_DATA_HEAD, RECORD_HEADER, Reco
 pub(super) enum Pages {
     /// A record that came over the network.
     Record(Buffer),
-    /// What a disk brought.
-    Batch(Batch),
+    /// What a disk brought, a part for each read.
+    Batches(Vec<Batch>),
 }
 
 impl Body for Pages {
-    fn bytes(&self) -> &[u8] {
+    fn part(&self, number: usize) -> &[u8] {
         match self {
-            Self::Record(record) => record,
-            Self::Batch(batch) => batch.bytes(),
+            Self::Record(record) => record.part(number),
+            Self::Batches(batches) => batches.get(number).map_or(&[], Batch::bytes),
         }
     }
 }
 
-/// A PAGE_DATA record in the making, out of pages that lie anywhere in one body. It has at most 1,024 entries, since memory records and
-/// batches have.
+/// A PAGE_DATA record in the making, out of pages that lie anywhere in one body. It has at most 1,024 entries: memory records have no more,
+/// and whoever joins batches looks at [`len`](Self::len).
 #[derive(Debug, Default)]
 pub(super) struct PageDataOut {
     entries: Vec<Entry>,
@@ -40,11 +40,16 @@ impl PageDataOut {
         self.entries.push(entry);
     }
 
+    /// Entries so far.
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
     /// An entry whose page lies there.
-    pub(super) fn push_page(&mut self, entry: Entry, range: Range<usize>) {
+    pub(super) fn push_page(&mut self, entry: Entry, part: usize, range: Range<usize>) {
         self.entries.push(entry);
         self.pages += 1;
-        add_range(&mut self.pieces, range);
+        add_range(&mut self.pieces, part, range);
     }
 
     /// An entry whose page is zeros.

@@ -35,6 +35,7 @@ enum Event {
     /// Somebody else writes to the disk.
     DiskWrite(u64),
     LoseSide,
+    CatchUp,
     Drain,
 }
 
@@ -48,6 +49,7 @@ struct Plan {
     events: Vec<(usize, Event)>,
     window_pages: u64,
     passes: u32,
+    ahead_bytes: u64,
     drain_timeout: Duration,
     verify: bool,
     pvh: bool,
@@ -69,6 +71,7 @@ fn event() -> impl Strategy<Value = Event> {
         6 => Just(Event::Pause),
         6 => (0..DISK_PAGES).prop_map(Event::DiskWrite),
         1 => Just(Event::LoseSide),
+        2 => Just(Event::CatchUp),
         2 => Just(Event::Drain),
     ]
 }
@@ -82,11 +85,12 @@ prop_compose! {
         events in proptest::collection::vec((0_usize..60, event()), 0..8),
         window_pages in prop_oneof![Just(0_u64), 1_u64..16, Just(1000)],
         passes in prop_oneof![3 => Just(1_u32), 2 => Just(10)],
+        ahead_bytes in prop_oneof![Just(0_u64), Just(100_000), Just(12 << 20)],
         no_patience in proptest::bool::weighted(0.2),
         (verify, pvh) in any::<(bool, bool)>(),
     ) -> Plan {
         let drain_timeout = if no_patience { Duration::ZERO } else { Duration::from_secs(20) };
-        Plan { hints, first, later, batch, events, window_pages, passes, drain_timeout, verify, pvh }
+        Plan { hints, first, later, batch, events, window_pages, passes, ahead_bytes, drain_timeout, verify, pvh }
     }
 }
 
@@ -108,6 +112,7 @@ fn run(plan: &Plan) -> Result<(), TestCaseError> {
     let config = Config {
         window_bytes: plan.window_pages * PAGE as u64,
         reference_passes: plan.passes,
+        ahead_bytes: plan.ahead_bytes,
         drain_timeout: plan.drain_timeout,
         ..config()
     };
@@ -131,6 +136,7 @@ fn run(plan: &Plan) -> Result<(), TestCaseError> {
                         image.write_all(&other_page(1000 + page)).unwrap();
                     }
                     Event::LoseSide => pair.side.shutdown(Shutdown::Both).unwrap(),
+                    Event::CatchUp => pair.source.catch_up().recv().unwrap(),
                     Event::Drain => {
                         let report = pair.source.drain().unwrap();
                         let stats = pair.source.stats();

@@ -25,15 +25,20 @@ fn clean_pages() -> Vec<Sent> {
 }
 
 /// A source filter whose target is the test itself.
-struct LoneSource {
-    save: UnixStream,
-    source: SourceFilter,
-    wire: UnixStream,
-    side: UnixStream,
+pub struct LoneSource {
+    pub save: UnixStream,
+    pub source: SourceFilter,
+    pub wire: UnixStream,
+    pub side: UnixStream,
 }
 
 impl LoneSource {
     fn start(config: Config) -> Self {
+        Self::with_pages(32, config)
+    }
+
+    /// One in whose map so many pages are.
+    pub fn with_pages(pages: u64, config: Config) -> Self {
         let [save, wire, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
         let mut target_side = side.1;
         let answering = std::thread::spawn(move || {
@@ -50,7 +55,7 @@ impl LoneSource {
             from_save: OwnedFd::from(save.1),
             to_wire: OwnedFd::from(wire.0),
             side: Some(OwnedFd::from(side.0)),
-            map: map((0..32).map(|pfn| (pfn, pfn))),
+            map: map((0..pages).map(|pfn| (pfn, pfn))),
             disks: vec![DiskName { vdev: Vdev(XVDA), path: "/disk".into() }],
             config,
         })

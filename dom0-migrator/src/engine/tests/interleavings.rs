@@ -3,7 +3,8 @@
 //!
 //! The model is trivial: a table of what each PFN holds, and a list of references that nobody has looked at yet. When it looks at one is
 //! drawn, and so is the order; while its storage stalls it looks at none. In [`chaos`](super::chaos) the target is our own; here it
-//! does what ours would do only under loads that a test cannot make.
+//! does what ours would do only under loads that a test cannot make. The wire is narrow, so that what is sent waits for it, and is
+//! overtaken by what may overtake it.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use enlightenment::Vdev;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{setsockopt, sockopt};
 use proptest::prelude::*;
 
 use super::guest_stream::{Sent, beginning, disk_page, ending, other_page, page_data};
@@ -35,6 +37,7 @@ enum Step {
     Send(Vec<(u64, Holds)>),
     DiskChange(u64),
     Stall(bool),
+    CatchUp,
     Drain,
 }
 
@@ -54,6 +57,7 @@ struct Plan {
     /// Whether equal bytes are refused all the same, as when a read fails.
     failing: Vec<bool>,
     window_pages: u64,
+    ahead_bytes: u64,
     drain_timeout: Duration,
 }
 
@@ -67,6 +71,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => proptest::collection::btree_map(0..PFNS, holds, 1..32).prop_map(|pages| Step::Send(pages.into_iter().collect())),
         2 => (0..DISK_PAGES).prop_map(Step::DiskChange),
         1 => any::<bool>().prop_map(Step::Stall),
+        1 => Just(Step::CatchUp),
         1 => Just(Step::Drain),
     ]
 }
@@ -78,9 +83,10 @@ prop_compose! {
         draws in proptest::collection::vec((any::<usize>(), 1_usize..12), 1..16),
         failing in proptest::collection::vec(proptest::bool::weighted(0.2), 1..16),
         window_pages in prop_oneof![0_u64..24, Just(1000)],
+        ahead_bytes in prop_oneof![2 => Just(0_u64), 1 => Just(100_000), 1 => Just(12 << 20)],
         drain_timeout in prop_oneof![Just(Duration::ZERO), Just(Duration::from_millis(30)), Just(Duration::from_secs(20))],
     ) -> Plan {
-        Plan { hints, steps, draws, failing, window_pages, drain_timeout }
+        Plan { hints, steps, draws, failing, window_pages, ahead_bytes, drain_timeout }
     }
 }
 
@@ -219,6 +225,8 @@ impl Model {
 /// A source's filter with the model as its target.
 fn start(plan: &Plan, storage: &Arc<Mutex<Storage>>) -> (UnixStream, SourceFilter, JoinHandle<Model>) {
     let [save, wire, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+    // The least that there is.
+    setsockopt(&wire.0, sockopt::SndBuf, &1).unwrap();
     let (mut target_side, storage, own_plan) = (side.1, Arc::clone(storage), plan.clone());
     let model = std::thread::spawn(move || {
         let hello = Hello::read(&mut target_side).unwrap();
@@ -246,6 +254,7 @@ fn start(plan: &Plan, storage: &Arc<Mutex<Storage>>) -> (UnixStream, SourceFilte
         disks: vec![DiskName { vdev: Vdev(XVDA), path: "/disk".into() }],
         config: Config {
             window_bytes: plan.window_pages * PAGE as u64,
+            ahead_bytes: plan.ahead_bytes,
             // Every pass: so that references overtake each other.
             reference_passes: u32::MAX,
             drain_timeout: plan.drain_timeout,
@@ -285,6 +294,7 @@ fn run(plan: &Plan) -> Result<(), TestCaseError> {
                 storage.lock().unwrap().pages[*place as usize] = other_page(1000 + place);
             }
             Step::Stall(stalled) => storage.lock().unwrap().stalled = *stalled,
+            Step::CatchUp => source.catch_up().recv().unwrap(),
             Step::Drain => {
                 // Storage that stalls for good: only the time that the drain may take ends it.
                 let patient = plan.drain_timeout > Duration::from_secs(1);

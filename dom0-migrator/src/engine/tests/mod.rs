@@ -9,3 +9,4 @@ mod interleavings;
 mod journey;
 mod pair;
 mod seen;
+mod storage;

@@ -62,12 +62,12 @@ fn line<T: serde::Serialize + serde::de::DeserializeOwned + PartialEq + Debug>(d
 /// Lines of the control connection, and the first of every connection.
 pub fn control_line(data: &[u8]) {
     let mut from = Cursor::new(data);
-    if let Ok(Greeting { poolskip, connection, token }) = read_greeting(&mut from) {
+    if let Ok(Greeting { poolskip, connection, token, lane }) = read_greeting(&mut from) {
         let end = from.position() as usize;
         assert!(end <= GREETING_MAX && data[end - 1] == b'\n' && !data[..end - 1].contains(&b'\n'));
         assert_eq!(token.to_string().len(), 32);
         let mut again = Vec::new();
-        write_line(&mut again, &Greeting { poolskip, connection, token }).unwrap();
+        write_line(&mut again, &Greeting { poolskip, connection, token, lane }).unwrap();
         assert!(read_greeting(&mut again.as_slice()).is_ok());
     }
     line::<FromSource>(data);

@@ -30,6 +30,8 @@ struct Samples {
     unit: &'static str,
     samples: Vec<f64>,
     baseline: Option<Vec<f64>>,
+    /// Whether each sample was taken beside the baseline's of the same number.
+    paired: bool,
 }
 
 fn main() -> Result<()> {

@@ -80,7 +80,7 @@ fn speed(server: &Server, mib: u64, samples: u32) -> Result<Samples> {
     }
     let gib = mib as f64 / 1024.0;
     let name = format!("pool_bytes_per_second_{gib}_gib").replace('.', "_");
-    Ok(Samples { name, unit: "bytes/s", samples: ours, baseline: Some(plain) })
+    Ok(Samples { name, unit: "bytes/s", samples: ours, baseline: Some(plain), paired: true })
 }
 
 /// The peak memory of a process that does all that a probe does; what is promised is its baseline.
@@ -94,6 +94,7 @@ fn memory(server: &Server) -> Result<Samples> {
         unit: "bytes",
         samples: vec![bytes as f64],
         baseline: Some(vec![(MOST_BYTES + MOST_BYTES_A_FRAME * frames) as f64]),
+        paired: false,
     })
 }
 

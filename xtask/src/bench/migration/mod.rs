@@ -17,7 +17,7 @@ use anyhow::{Context, Result, ensure};
 use super::figures::Report;
 use crate::cache::{self, Key};
 use crate::deployment::Deployment;
-use crate::lab::GuestSize;
+use crate::lab::{Flavour, GuestSize};
 use crate::workload::{Settings, Workload};
 use bed::LabBed;
 use plan::{Planned, Variant, plan};
@@ -44,7 +44,7 @@ pub struct Args {
     /// Memory of the guest, in MiB; with another one than the lab's own a lab is built and kept for it
     #[arg(long, value_name = "MIB", default_value_t = 704)]
     guest_memory: u32,
-    /// Buffer pool of the guest, in MiB; 640 of 896 is the proportion of the research
+    /// Buffer pool of the guest, in MiB; 768 of 1120 is the proportion of the research
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     guest_pool: u32,
     /// Warehouses of TPC-C
@@ -86,7 +86,7 @@ pub trait Bed {
 pub fn run(args: &Args) -> Result<Report> {
     let start = Instant::now();
     let size = GuestSize::new(args.guest_memory, args.guest_pool)?;
-    let deployment = Deployment::build()?;
+    let deployment = Deployment::build(Flavour::Pv)?;
     let load = Settings {
         warehouses: args.warehouses,
         tpcc_percent: args.tpcc_scale,

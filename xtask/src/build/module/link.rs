@@ -57,9 +57,9 @@ fn dkms(kernel: &Kernel, work: &Path) -> Result<String> {
             "-k",
             &kernel.release,
             "--dkmstree",
-            "/work/dkms",
+            "/mnt/dkms",
             "--sourcetree",
-            "/work/src",
+            "/mnt/src",
         ],
     )
 }

@@ -30,7 +30,7 @@ pub fn sign(kernel: &Kernel, module: &Path, signer: &Signer<'_>) -> Result<Vec<u
     }
     let tool = format!("{}/scripts/sign-file", kernel.build_directory());
     kernel
-        .run_inside(work.path(), &[&tool, HASH, "/work/key", "/work/certificate", "/work/poolskip.ko"])
+        .run_inside(work.path(), &[&tool, HASH, "/mnt/key", "/mnt/certificate", "/mnt/poolskip.ko"])
         .with_context(|| format!("cannot sign with {}", signer.key.display()))?;
     Ok(fs::read(work.path().join("poolskip.ko"))?)
 }

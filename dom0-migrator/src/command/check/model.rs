@@ -1,4 +1,5 @@
-//! The lower bound of a migration's total time, on paper: `docs/performance.md` derives it.
+//! The lower bound of a migration's total time, on paper: `docs/performance.md` derives it. `xtask` holds its measurements against the
+//! same file.
 
 /// What a migration moves, and over what.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +33,7 @@ pub struct Bound {
 const PAGE: f64 = 4096.0;
 
 /// On the wire, a reference to one of a frame's four pages: a hash of 16 bytes, and a quarter of a span of 24
-/// (`dom0-migrator/src/engine/memory_record.rs`).
+/// (`engine::memory_record`).
 const REFERENCE: f64 = 22.0;
 
 /// On the wire, what comes with a page of libxenguest's: its frame number. Poolskip's spans have one for many, and zero pages have nothing
@@ -142,7 +143,7 @@ mod tests {
 
     #[test]
     fn the_table_of_the_documentation() {
-        let page = include_str!("../../../docs/performance.md");
+        let page = include_str!("../../../../docs/performance.md");
         for link in [1.0, 10.0, 25.0] {
             for storage in [0.5, 1.0, 3.0] {
                 let model = Model { storage_bytes_per_second: storage * 1e9, ..eight_gib(link) };

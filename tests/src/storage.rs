@@ -1,0 +1,223 @@
+//! Files of made-up tablespaces on a real file system, and what must hold of a storage map there: for each page of a file, the bytes of
+//! the whole disk at the place that the map names are the file's bytes, or the map says why it names none.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use enlightenment::Vdev;
+use guest_probe::disk::Disks;
+use guest_probe::frame_table::PageId;
+use guest_probe::left_out::LeftOut;
+use guest_probe::process::MysqldProcess;
+use guest_probe::spaces::Spaces;
+use guest_probe::storage_map::{DiskRule, StorageMap};
+
+const PAGE: usize = 16_384;
+/// Bytes in a guest page.
+const GUEST_PAGE: u64 = 4096;
+
+/// Pages that were named, and the others with the reason.
+pub type Checked = (Vec<u32>, Vec<(u32, LeftOut)>);
+
+/// Reads a whole disk past all caches, by its number in the map; offset and length are multiples of 4096.
+pub type ReadDisk<'a> = &'a dyn Fn(Vdev, u64, usize) -> Result<Vec<u8>>;
+
+/// A mounted file system, and a process that does nothing but stand in its directory, in mysqld's place: the map finds files by a
+/// process's directory and open files.
+pub struct Mounted<'a> {
+    /// Where it is mounted.
+    pub path: PathBuf,
+    /// The process.
+    pub pid: i32,
+    /// Its disks.
+    pub read: ReadDisk<'a>,
+}
+
+impl Mounted<'_> {
+    /// A file on it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The tablespaces that are found there.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn spaces(&self) -> Result<Spaces> {
+        Ok(Spaces::scan(&MysqldProcess::find(Some(self.pid))?)?)
+    }
+
+    /// Compares each page of a file with the whole disk at the place that the map names; returns the pages that were named, and for
+    /// the others the reason.
+    ///
+    /// # Errors
+    /// When bytes differ.
+    pub fn check(&self, map: &mut StorageMap<'_>, space: u32, path: &Path) -> Result<Checked> {
+        let (mut named, mut left_out) = (Vec::new(), Vec::new());
+        let file = File::open(path)?;
+        let mut pieces = Vec::new();
+        for page in 0..(file.metadata()?.len() / PAGE as u64) as u32 {
+            if let Err(reason) = map.pieces(PageId { space, page }, &mut pieces) {
+                left_out.push((page, reason));
+                continue;
+            }
+            ensure!(!pieces.is_empty(), "page {page} has no pieces and no reason");
+            for piece in &pieces {
+                let length = usize::from(piece.pages) * GUEST_PAGE as usize;
+                let mut in_file = vec![0; length];
+                file.read_exact_at(&mut in_file, u64::from(page) * PAGE as u64 + piece.offset)?;
+                // Direct reads begin at multiples of 4096; a piece on a disk may begin at any sector.
+                let begin = piece.disk_offset / GUEST_PAGE * GUEST_PAGE;
+                let skip = (piece.disk_offset - begin) as usize;
+                let on_disk = (self.read)(piece.vdev, begin, length + GUEST_PAGE as usize)
+                    .with_context(|| format!("page {page}, {piece:?}"))?;
+                ensure!(
+                    on_disk[skip..skip + length] == in_file,
+                    "page {page}, {piece:?}: the disk has other bytes"
+                );
+            }
+            named.push(page);
+        }
+        Ok((named, left_out))
+    }
+}
+
+/// A page of a tablespace's file: page 0 as `Spaces` wants it, all others different from each other at every 4 KiB.
+pub fn page(space: u32, number: u32, salt: u32) -> Vec<u8> {
+    let mut bytes = vec![0; PAGE];
+    for (index, word) in bytes.chunks_exact_mut(4).enumerate() {
+        let value = (space << 24) ^ number.wrapping_mul(0x9e37_79b9) ^ salt.rotate_left(13) ^ index as u32;
+        word.copy_from_slice(&value.to_le_bytes());
+    }
+    if number == 0 {
+        bytes[..PAGE / 2].fill(0);
+        bytes[24..26].copy_from_slice(&8_u16.to_be_bytes());
+        bytes[34..38].copy_from_slice(&space.to_be_bytes());
+        bytes[38..42].copy_from_slice(&space.to_be_bytes());
+    }
+    bytes
+}
+
+/// Opens a file to be written, and makes it.
+///
+/// # Errors
+/// When it cannot be made.
+pub fn create(path: &Path) -> Result<File> {
+    Ok(OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?)
+}
+
+/// Writes pages of a tablespace, down to the disk.
+///
+/// # Errors
+/// When they cannot be written.
+pub fn write_pages(path: &Path, space: u32, pages: impl Iterator<Item = u32>, salt: u32) -> Result<File> {
+    let file = create(path)?;
+    for number in pages {
+        file.write_all_at(&page(space, number, salt), u64::from(number) * PAGE as u64)?;
+    }
+    file.sync_all()?;
+    Ok(file)
+}
+
+/// What must hold on any file system.
+///
+/// # Errors
+/// What does not.
+pub fn every_page_is_found_or_has_a_reason(system: &Mounted<'_>) -> Result<()> {
+    let one = system.path("whole.ibd");
+    write_pages(&one, 1, 0..100, 0)?;
+    // Two files that grow in turn, in pieces that are not multiples of a page, so that their pages lie in several places.
+    let (two, three) = (system.path("split.ibd"), system.path("other.ibd"));
+    let (split, other) = (create(&two)?, create(&three)?);
+    let whole = |space| (0..40).flat_map(move |number| page(space, number, 0)).collect::<Vec<_>>();
+    for (index, (left, right)) in whole(2).chunks(12_288).zip(whole(3).chunks(12_288)).enumerate() {
+        split.write_all_at(left, index as u64 * 12_288)?;
+        split.sync_all()?;
+        other.write_all_at(right, index as u64 * 12_288)?;
+        other.sync_all()?;
+    }
+    // Holes from page 2 to 5, room that was never written from page 6 to 9, and a page that is half a hole.
+    let four = system.path("holes.ibd");
+    let holes = write_pages(&four, 4, [0, 1, 6].into_iter(), 0)?;
+    let (at, room) = (7 * PAGE as i64, 3 * PAGE as i64);
+    // SAFETY: a plain system call on a descriptor that is open.
+    ensure!(unsafe { libc::fallocate(holes.as_raw_fd(), 0, at, room) } == 0, "fallocate");
+    holes.write_all_at(&page(4, 10, 0)[..8192], 10 * PAGE as u64)?;
+    holes.set_len(11 * PAGE as u64)?;
+    holes.sync_all()?;
+
+    let spaces = system.spaces()?;
+    let mut disks = Disks::default();
+    let mut map = StorageMap::new(&spaces, &mut disks, DiskRule::Any);
+    for (space, path, pages) in [(1, &one, 100), (2, &two, 40), (3, &three, 40)] {
+        let (named, left_out) = system.check(&mut map, space, path)?;
+        ensure!(named.len() == pages, "{}: {left_out:?}", path.display());
+    }
+    let (named, left_out) = system.check(&mut map, 4, &four)?;
+    ensure!(named == [0, 1, 6], "{named:?}");
+    let expected = [2, 3, 4, 5]
+        .map(|page| (page, LeftOut::Hole))
+        .into_iter()
+        .chain([7, 8, 9].map(|page| (page, LeftOut::Unwritten)));
+    let (last, before) = left_out.split_last().context("no page is left out")?;
+    ensure!(before == expected.collect::<Vec<_>>(), "{left_out:?}");
+    // Behind what is written XFS reserves room of its own accord.
+    ensure!(last.0 == 10 && matches!(last.1, LeftOut::Hole | LeftOut::Unwritten), "{left_out:?}");
+    ensure!(map.pieces(PageId { space: 1, page: 100 }, &mut Vec::new()) == Err(LeftOut::BeyondFile));
+    ensure!(!map.found_moved_file());
+    Ok(())
+}
+
+/// A file that grows, shrinks, is renamed, replaced and dropped, as mysqld does for tables.
+///
+/// # Errors
+/// What is not followed.
+pub fn a_map_made_anew_follows_the_files(system: &Mounted<'_>) -> Result<()> {
+    let (old, new) = (system.path("life.ibd"), system.path("renamed.ibd"));
+    let file = write_pages(&old, 9, 0..4, 0)?;
+    let spaces = system.spaces()?;
+    let mut disks = Disks::default();
+    let named = |spaces: &Spaces, disks: &mut Disks, path: &Path| -> Result<usize> {
+        let mut map = StorageMap::new(spaces, disks, DiskRule::Any);
+        Ok(system.check(&mut map, 9, path)?.0.len())
+    };
+    ensure!(named(&spaces, &mut disks, &old)? == 4);
+    // It grows: no new scan is needed.
+    write_pages(&old, 9, 4..12, 0)?;
+    ensure!(named(&spaces, &mut disks, &old)? == 12);
+    // It is written anew in place, and shrinks.
+    write_pages(&old, 9, 0..12, 7)?;
+    ensure!(named(&spaces, &mut disks, &old)? == 12);
+    file.set_len(2 * PAGE as u64)?;
+    file.sync_all()?;
+    ensure!(named(&spaces, &mut disks, &old)? == 2);
+    {
+        let mut map = StorageMap::new(&spaces, &mut disks, DiskRule::Any);
+        ensure!(map.pieces(PageId { space: 9, page: 5 }, &mut Vec::new()) == Err(LeftOut::BeyondFile));
+    }
+    // Renamed: nothing is named until files are looked for again, and the map asks for that.
+    fs::rename(&old, &new)?;
+    let gone = |spaces: &Spaces, disks: &mut Disks, why: LeftOut| -> Result<()> {
+        let mut map = StorageMap::new(spaces, disks, DiskRule::Any);
+        let found = map.pieces(PageId { space: 9, page: 1 }, &mut Vec::new());
+        ensure!(found == Err(why), "{found:?}");
+        ensure!(map.found_moved_file());
+        Ok(())
+    };
+    gone(&spaces, &mut disks, LeftOut::FileGone)?;
+    let spaces = system.spaces()?;
+    ensure!(named(&spaces, &mut disks, &new)? == 2);
+    // Another file under the same name, as ALTER TABLE leaves it.
+    write_pages(&system.path("alter.tmp"), 9, 0..3, 1)?;
+    fs::rename(system.path("alter.tmp"), &new)?;
+    gone(&spaces, &mut disks, LeftOut::FileGone)?;
+    let spaces = system.spaces()?;
+    ensure!(named(&spaces, &mut disks, &new)? == 3);
+    // Dropped, and a tablespace of which no file was seen.
+    fs::remove_file(&new)?;
+    gone(&spaces, &mut disks, LeftOut::FileGone)?;
+    gone(&system.spaces()?, &mut disks, LeftOut::NoFile)
+}

@@ -1,0 +1,83 @@
+//! The kinds of lab: what kind of guest it has, and the hosts that can move such a guest.
+
+/// A kind of guest with its hosts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Flavour {
+    /// A PV guest, on Debian 12 with Xen 4.17: the last Xen of Debian with shadow paging, which the live migration of a PV guest needs
+    #[default]
+    Pv,
+    /// A PVH guest, on Debian 13 with Xen 4.20, through hardware-assisted paging
+    Pvh,
+}
+
+impl Flavour {
+    /// Its name, as on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Pv => "pv",
+            Self::Pvh => "pvh",
+        }
+    }
+
+    /// The Debian suite of the hosts and of the guest's kernel.
+    pub const fn suite(self) -> &'static str {
+        match self {
+            Self::Pv => "bookworm",
+            Self::Pvh => "trixie",
+        }
+    }
+
+    /// The suite's release of Xen, as its packages' names and directories have it.
+    pub(super) const fn xen(self) -> &'static str {
+        match self {
+            Self::Pv => "4.17",
+            Self::Pvh => "4.20",
+        }
+    }
+
+    /// The suite's Python, which comes with Xen's tools and is never started.
+    pub(super) const fn python(self) -> &'static str {
+        match self {
+            Self::Pv => "3.11",
+            Self::Pvh => "3.13",
+        }
+    }
+
+    /// A file of the PV lab's hosts, with this lab's Xen in it.
+    pub(super) fn adapted(self, of_the_pv_lab: &str) -> String {
+        of_the_pv_lab.replace(&format!("/xen-{}/", Self::Pv.xen()), &format!("/xen-{}/", self.xen()))
+    }
+
+    /// What `xl create` is told beside the guest's file, which is the PV guest's.
+    pub(super) const fn overrides(self) -> &'static str {
+        match self {
+            Self::Pv => "",
+            Self::Pvh => " 'type=\"pvh\"'",
+        }
+    }
+
+    /// Whether the guest stands still while the lab is frozen: the state of a processor that is inside a hardware-assisted guest is more
+    /// than QEMU is known to keep for an emulated one.
+    pub(super) const fn is_frozen_paused(self) -> bool {
+        matches!(self, Self::Pvh)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pv_lab_s_files_are_as_they_stand() {
+        let file = include_str!("files/dom0-init");
+        assert_eq!(Flavour::Pv.adapted(file), file);
+        assert_eq!(Flavour::Pv.overrides(), "");
+        assert!(include_str!("files/db1.cfg").contains("\ntype = \"pv\"\n"));
+    }
+
+    #[test]
+    fn another_lab_s_tools_are_found_where_its_xen_has_them() {
+        let file = Flavour::Pvh.adapted(include_str!("files/dom0-init"));
+        assert!(file.contains("/usr/lib/xen-4.20/bin:") && !file.contains("4.17"));
+    }
+}
