@@ -27,7 +27,7 @@ const WITH_GPL_2: [&str; 8] =
     ["GPL-2.0-only", "MIT", "MIT-0", "BSD-2-Clause", "BSD-3-Clause", "ISC", "Zlib", "0BSD"];
 
 /// What each room may be linked with besides the permissive ones (LICENSE.md says why the rooms differ).
-const ROOMS: [(&str, &[&str]); 7] = [
+const ROOMS: [(&str, &[&str]); 8] = [
     ("enlightenment", &[]),
     ("guest-probe", &[]),
     // Poolskip's own, and the `xenctrl` crate.
@@ -38,6 +38,7 @@ const ROOMS: [(&str, &[&str]); 7] = [
     ("tests", &["GPL-3.0-or-later", "GPL-3.0-only"]),
     ("fuzz", &["GPL-3.0-or-later", "GPL-3.0-only", "NCSA"]),
     ("xtask", &[]),
+    ("manual", &[]),
 ];
 
 /// Rooms that have the `xenctrl` crate with all features on, and so what builds it.
