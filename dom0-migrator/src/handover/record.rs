@@ -174,6 +174,9 @@ pub fn boot() -> String {
 /// Replaces a file as a whole: after this either the old or the new content is there, and on disk.
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), RecordError> {
     let directory = path.parent().unwrap_or(Path::new("."));
+    #[cfg(test)]
+    crate::engine::fault::point(directory, crate::engine::fault::Point::RecordWrite)
+        .map_err(io_error("write", path))?;
     let mut file = tempfile::NamedTempFile::new_in(directory).map_err(io_error("write beside", path))?;
     file.write_all(bytes).map_err(io_error("write", path))?;
     file.as_file().sync_all().map_err(io_error("flush", path))?;
@@ -193,6 +196,12 @@ impl Records {
             .unwrap_or_else(|| DIRECTORY.into());
         fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
         Ok(Self { directory })
+    }
+
+    /// A directory that is there.
+    #[cfg(test)]
+    pub(crate) fn open_at(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
     }
 
     fn path(&self, id: &Token, side: Side, kind: &str) -> PathBuf {
@@ -361,11 +370,21 @@ fn read<S: State>(path: &Path) -> Result<Content<S>, RecordError> {
         return Err(malformed(format!("it has {length} bytes")));
     }
     let bytes = fs::read(path).map_err(io_error("read", path))?;
-    let content: Content<S> = serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
-    if content.version != VERSION || content.side != S::SIDE {
-        return Err(malformed(format!("it is of version {} and of the {}", content.version, content.side)));
+    Content::parse(&bytes).map_err(malformed)
+}
+
+impl<S: State> Content<S> {
+    /// What a record's file says.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let content: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        if content.version != VERSION || content.side != S::SIDE {
+            return Err(format!("it is of version {} and of the {}", content.version, content.side));
+        }
+        Ok(content)
     }
-    Ok(content)
 }
 
 impl<S: State> Record<S>

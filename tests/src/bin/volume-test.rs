@@ -192,7 +192,7 @@ impl<'a> Volume<'a> {
                 lower.display()
             ),
         )?;
-        run(Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4"]).arg(&device))?;
+        run(Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4", "-b", "4096"]).arg(&device))?;
         let mounted = mount_ext4(&device, "/volume")?;
         let process = stand_in(&mounted)?;
         Ok(Self { disks, process, mounted, device, known: RefCell::default(), seen: RefCell::default() })
@@ -290,7 +290,7 @@ impl<'a> Volume<'a> {
 fn striped() -> Result<()> {
     let sectors = 32_768;
     let device = create("striped", &format!("0 {sectors} striped 2 128 /dev/vda1 196608 /dev/vdb 131072"))?;
-    run(Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4"]).arg(&device))?;
+    run(Command::new("/sbin/mke2fs").args(["-q", "-t", "ext4", "-b", "4096"]).arg(&device))?;
     let path = mount_ext4(&device, "/striped")?;
     let mut process = stand_in(&path)?;
     let read = |_, _, _| bail!("a striped volume is named");

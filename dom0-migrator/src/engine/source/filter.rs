@@ -59,6 +59,8 @@ pub(super) struct Filter {
     pub(super) placeholders: bool,
     /// Number of the last sync record sent, and of the last one answered.
     pub(super) syncs: (u64, u64),
+    /// Verdicts so far, on references of any kind; one on each at most.
+    pub(super) verdicts_heard: u64,
     pub(super) stats: SourceStats,
     pub(super) travel: Travel,
     /// Bytes handed to the outlet.
