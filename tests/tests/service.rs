@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, ensure};
 use enlightenment::xenstore::RequestKind;
 use guest_probe::config::Mode;
+use guest_probe::event::EventKind;
 use guest_probe::exit::Exit;
 use guest_probe::probes::Probes;
 use guest_probe::process::Choice;
@@ -304,7 +305,9 @@ fn the_programs_say_what_they_miss_at_debug_level_only() -> Result<()> {
     let hear = |probes: &mut Probes, table: u32| -> Result<Vec<String>> {
         let before = probes.missed()?.unreadable;
         server.sql(&format!("SELECT COUNT(*) FROM sbtest.sbtest{table} WHERE pad != ''"))?;
-        ensure!(probes.drain(|_, _| ()) == 0, "an event without its frame was sent");
+        let mut of_frames = 0;
+        probes.drain(|kind, _| of_frames += u32::from(kind != EventKind::FileOpen));
+        ensure!(of_frames == 0, "an event without its frame was sent");
         ensure!(probes.missed()?.unreadable > before, "nothing was missed");
         Ok(of_programs())
     };
