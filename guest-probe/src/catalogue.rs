@@ -79,7 +79,7 @@ pub struct Variables {
 /// Symbols of functions; `guest-probe-ebpf` says what each tells.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)] // each is named after the eBPF program that probes it
+#[allow(missing_docs, reason = "each is named after the eBPF program that probes it")]
 pub struct Functions {
     pub read_complete: String,
     pub page_create: String,
@@ -94,7 +94,7 @@ pub struct Functions {
 /// A register that the System V ABI of x86-64 passes an argument in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[allow(missing_docs)] // each is its name
+#[allow(missing_docs, reason = "each is its name")]
 pub enum Register {
     Rdi,
     Rsi,
@@ -124,7 +124,7 @@ impl Register {
 /// In which register a function gets its control block, or its file node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[allow(missing_docs)] // each is named after its function
+#[allow(missing_docs, reason = "each is named after its function")]
 pub struct Arguments {
     pub read_complete: Register,
     pub page_dirty: Register,

@@ -162,15 +162,18 @@ fn encode_device(device: DeviceNumber) -> u64 {
     minor & 0xff | major << 8 | (minor & !0xff) << 12
 }
 
+/// What the kernel answered.
 #[derive(Debug, PartialEq, Eq)]
-enum Answer {
+pub enum Answer {
+    /// The table.
     Table(Vec<Target>),
+    /// It did not fit.
     Full,
 }
 
 /// Parses the kernel's answer; `None` when it cannot be right. Targets come in order, without gaps or overlaps: the kernel
 /// refuses other tables.
-fn parse_answer(answer: &[u8]) -> Option<Answer> {
+pub fn parse_answer(answer: &[u8]) -> Option<Answer> {
     if u32_le(answer, AT_FLAGS)? & BUFFER_FULL_FLAG != 0 {
         return Some(Answer::Full);
     }

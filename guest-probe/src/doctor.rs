@@ -102,7 +102,7 @@ impl Report {
 
 /// Why a doctor cannot even look.
 #[derive(Debug, Error)]
-#[allow(missing_docs)] // each is what its source says
+#[allow(missing_docs, reason = "each is what its source says")]
 pub enum DoctorError {
     #[error(transparent)]
     Derive(#[from] DeriveError),

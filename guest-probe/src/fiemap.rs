@@ -109,8 +109,12 @@ impl ExtentMap {
         Ok(map)
     }
 
-    /// Adds one answer to a question that began at `start`; returns where the next begins, `None` when it was the last.
-    fn add_answer(&mut self, answer: &[u8], start: u64) -> Result<Option<u64>, FiemapError> {
+    /// Adds one answer, a `struct fiemap` with its extents, to a question that began at `start`; returns where the next begins, `None` when
+    /// it was the last.
+    ///
+    /// # Errors
+    /// [`FiemapError`] when the answer contradicts itself or the file lies in too many pieces.
+    pub fn add_answer(&mut self, answer: &[u8], start: u64) -> Result<Option<u64>, FiemapError> {
         let mut end = start;
         let mut last = true;
         for answered in parse(answer).ok_or(FiemapError::Answer { logical: start })? {

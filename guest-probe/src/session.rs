@@ -40,7 +40,7 @@ const BETWEEN_SNAPSHOTS: Duration = Duration::from_secs(2);
 
 /// Why a mysqld cannot be probed, or no lists can be built.
 #[derive(Debug, Error)]
-#[allow(missing_docs)] // each is what its source says
+#[allow(missing_docs, reason = "each is what its source says")]
 pub enum SessionError {
     #[error(transparent)]
     Process(#[from] ProcessError),

@@ -1,7 +1,7 @@
 //! `guest-probe doctor` and `guest-probe catalogue` on programs that are no mysqld, or damaged ones: one clear sentence, an exit code of its
 //! kind, and never an entry.
 
-#![allow(clippy::unwrap_used)] // an integration test: clippy knows only #[test] functions as tests
+#![allow(clippy::unwrap_used, reason = "an integration test: clippy knows only #[test] functions as tests")]
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};

@@ -1,5 +1,9 @@
 //! How dom0 finds the lists and asks for them: nodes, requests, signals, and another host.
-#![allow(missing_docs, clippy::unwrap_used)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    reason = "a test says what it holds by its name, and ends where it cannot go on"
+)]
 
 mod fake;
 

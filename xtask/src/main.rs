@@ -13,6 +13,7 @@ mod deployment;
 #[allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 mod docs;
 mod ending;
+mod fuzz;
 mod lab;
 mod mariadb;
 mod migration;
@@ -53,6 +54,8 @@ enum Command {
     Deploy(deploy::Args),
     /// Make Debian packages for guests and hosts, and a tarball, in target/package
     Package(package::Args),
+    /// Run the fuzz targets of every parser of foreign bytes
+    Fuzz(fuzz::Args),
     /// Run all tests
     Test(test::Args),
 }
@@ -66,6 +69,7 @@ fn main() -> anyhow::Result<()> {
         Command::Bench(args) => bench::run(&args),
         Command::Deploy(args) => deploy::run(&args),
         Command::Package(args) => package::run(&args),
+        Command::Fuzz(args) => fuzz::run(&args),
         Command::Test(args) => test::run(&args),
     }
 }

@@ -20,6 +20,7 @@ pub struct Args {
 /// Debian packages, with why each is needed.
 const PACKAGES: &[(&str, &str)] = &[
     ("gcc", "C shim of the kernel module, C parts of crates"),
+    ("g++", "libFuzzer, for `cargo xtask fuzz`"),
     ("make", "Kbuild"),
     ("pkg-config", "finds C libraries"),
     ("libelf-dev", "libbpf-rs"),

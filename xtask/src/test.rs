@@ -1,9 +1,13 @@
 //! `cargo xtask test`: everything that must hold, from the sources' form to a migration between two hosts.
 
 mod bed;
+mod faults;
 mod guest_cases;
 mod lab_cases;
+mod licences;
 mod pvh_cases;
+mod units;
+mod unsafe_code;
 
 use std::process::Command;
 use std::time::Instant;
@@ -14,23 +18,29 @@ use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
 use crate::ending::status_of_group;
 use crate::step::{run as run_program, step};
-use crate::{mariadb, module_test, mysql, package, setup, volume_test};
+use crate::{fuzz, mariadb, module_test, mysql, package, setup, volume_test};
 
 /// Run all tests.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Only these parts; all but `pvh` when none is named
+    /// Only these parts; all but `fuzz` and `pvh` when none is named
     #[arg(value_enum)]
     parts: Vec<Part>,
-    /// Of the lab's cases, only those with this in their names, or one of several words with commas between
-    #[arg(long, value_name = "TEXT")]
-    case: Option<String>,
+    /// Of the lab's cases, only those with this in their names; may be given more than once
+    #[arg(long = "case", value_name = "TEXT")]
+    cases: Vec<String>,
     /// Only the soak: a real mysqld under load with evictions, resizes and DDL, its listed frames compared with the disk at 50 random stops
     #[arg(long, conflicts_with = "parts")]
     soak: bool,
     /// How long the soak takes
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(10..), requires = "soak")]
     soak_seconds: u64,
+    /// Only the fault matrix: prints what comes of each thing that goes wrong in each phase, and holds docs/reliability.md against it
+    #[arg(long, conflicts_with = "parts")]
+    faults: bool,
+    /// Writes the table into docs/reliability.md
+    #[arg(long, requires = "faults")]
+    write_table: bool,
     /// The same as `module`
     #[arg(long)]
     module: bool,
@@ -47,6 +57,9 @@ enum Part {
     Native,
     /// The packages: what is in them, what lintian says, whether they install and go without a trace
     Package,
+    /// Each fuzz target for a second under libFuzzer; only when it is named, since all has to be built anew for it. `native` replays the
+    /// corpora and tries inputs a little other than those
+    Fuzz,
     /// The kernel module in the kernels of three Debian releases, under QEMU
     Module,
     /// The storage map on volumes of the device mapper in a Debian kernel, under QEMU
@@ -61,7 +74,7 @@ impl Part {
     /// Its cases in a lab.
     fn cases(self) -> &'static [bed::Case] {
         match self {
-            Self::Lint | Self::Native | Self::Package | Self::Module | Self::Volume => &[],
+            Self::Lint | Self::Native | Self::Package | Self::Fuzz | Self::Module | Self::Volume => &[],
             Self::Lab => &lab_cases::CASES,
             Self::Pvh => &pvh_cases::CASES,
         }
@@ -81,16 +94,28 @@ pub fn run(args: &Args) -> Result<()> {
     if args.soak {
         return soak(args.soak_seconds);
     }
-    let all = [Part::Lint, Part::Native, Part::Package, Part::Module, Part::Volume, Part::Lab, Part::Pvh];
-    let is_default = |part: &Part| *part != Part::Pvh;
+    if args.faults {
+        return faults::run(args.write_table);
+    }
+    let all = [
+        Part::Lint,
+        Part::Native,
+        Part::Package,
+        Part::Fuzz,
+        Part::Module,
+        Part::Volume,
+        Part::Lab,
+        Part::Pvh,
+    ];
+    let is_default = |part: &Part| !matches!(part, Part::Fuzz | Part::Pvh);
     let mut named = args.parts.clone();
     if args.module {
         named.push(Part::Module);
     }
     let is_wanted = |part: &Part| if named.is_empty() { is_default(part) } else { named.contains(part) };
     let parts: Vec<Part> = all.into_iter().filter(is_wanted).collect();
-    if let Some(only) = &args.case {
-        let has_it = |part: &Part| !bed::chosen(part.cases(), Some(only)).is_empty();
+    for only in &args.cases {
+        let has_it = |part: &Part| part.cases().iter().any(|(name, _)| name.contains(only));
         ensure!(parts.iter().any(has_it), "no case of the lab has {only:?} in its name");
     }
     let (mut passed, mut failed) = (0, Vec::new());
@@ -99,10 +124,11 @@ pub fn run(args: &Args) -> Result<()> {
             Part::Lint => lint(),
             Part::Native => native(),
             Part::Package => package::trial::run(),
+            Part::Fuzz => fuzz::smoke(1),
             Part::Module => module_test::boot_test(),
             Part::Volume => volume_test::run(),
-            Part::Lab => lab_cases::run(args.case.as_deref()),
-            Part::Pvh => pvh_cases::run(args.case.as_deref()),
+            Part::Lab => lab_cases::run(&args.cases),
+            Part::Pvh => pvh_cases::run(&args.cases),
         };
         match result {
             Ok(()) => passed += 1,
@@ -134,6 +160,9 @@ fn lint() -> Result<()> {
         ]))
         .map(drop)
     })?;
+    step("licences and sources of all crates", licences::check)?;
+    step("exposure of the units", units::check)?;
+    eprintln!("  {}", unsafe_code::summary()?);
     step("built eBPF object against its sources", ebpf::check)?;
     step("built module core against its sources", module::check)
 }

@@ -1,6 +1,6 @@
 //! The made-up guest: what its memory holds, all of it a function of the PFN.
 //!
-//! Out of 20 runs of 16 pages 12 are InnoDB frames that the lists name, 3 are zeros and 5 are InnoDB pages that no list names: about
+//! Out of 20 stretches of pages 12 are InnoDB frames that the lists name, 3 are zeros and 5 are InnoDB pages that no list names: about
 //! what the lab's database guest holds. Each frame holds a page of a real data directory, at its place on the disk.
 
 use std::collections::HashSet;
@@ -88,11 +88,13 @@ pub struct Guest {
     pub disk: Pages,
     /// Its pages.
     pub pages: u64,
+    /// Pages of a kind that lie together.
+    pub stretch: u64,
 }
 
 impl Guest {
     fn holds(&self, pfn: u64) -> Holds {
-        let listed = match mixed(pfn / 16) % 20 {
+        let listed = match mixed(pfn / self.stretch) % 20 {
             0..12 => true,
             12..15 => return Holds::Zeros,
             _ => false,

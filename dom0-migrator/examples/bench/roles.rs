@@ -3,6 +3,7 @@
 //! ```text
 //! generate ─► source ═► target ─► sink        with the filters, a side channel between them
 //! generate ─► copy   ═► copy   ─► sink        the baseline: the same sockets
+//! generate ─► source ═► wire ═► target ─► sink        the wire lets so many bytes a second through
 //! ```
 
 use std::io::{self, IoSlice, Read, Write};
@@ -45,6 +46,15 @@ pub struct Args {
     /// Compare all memory
     #[arg(long)]
     pub check: bool,
+    /// Pages of a kind that lie together
+    #[arg(long, default_value_t = 16)]
+    pub stretch: u64,
+    /// Source: nothing overtakes anything
+    #[arg(long)]
+    pub in_order: bool,
+    /// Wire: bytes a second
+    #[arg(long, default_value_t = u64::MAX)]
+    pub rate: u64,
 }
 
 /// Places in the chain.
@@ -58,6 +68,8 @@ pub enum Role {
     Target,
     /// Copies from one socket to the next
     Copy,
+    /// The same, no faster than it may
+    Wire,
     /// Reads the stream, as libxenguest would
     Sink,
 }
@@ -93,7 +105,8 @@ pub fn run(args: &Args) -> Result<(), Failed> {
             let processor_seconds = processor_seconds()?;
             Told { counted: serde_json::to_value(summary)?, processor_seconds, ..Told::default() }
         }
-        Role::Copy => copy()?,
+        Role::Copy => copy(u64::MAX)?,
+        Role::Wire => copy(args.rate)?,
         Role::Sink => sink(args.check)?,
     };
     told.resident_bytes = most_resident()?;
@@ -104,8 +117,12 @@ fn standard(fd: impl std::os::fd::AsFd) -> io::Result<OwnedFd> {
     fd.as_fd().try_clone_to_owned()
 }
 
+fn guest(args: &Args) -> Result<Guest, Failed> {
+    Ok(Guest { disk: Pages::find(&args.disk)?, pages: args.pages, stretch: args.stretch })
+}
+
 fn generate(args: &Args) -> Result<Told, Failed> {
-    let guest = Guest { disk: Pages::find(&args.disk)?, pages: args.pages };
+    let guest = guest(args)?;
     let mut told = Told::default();
     let mut out = UnixStream::from(standard(io::stdout())?);
     out.write_all(&headers())?;
@@ -154,10 +171,7 @@ fn headers() -> Vec<u8> {
 /// What it counted, and the processor time that it took to make the lists before.
 fn source(args: &Args) -> Result<(SourceSummary, f64), Failed> {
     // The pages' contents are no business of the filter's, and would count as its memory.
-    let map = {
-        let guest = Guest { disk: Pages::find(&args.disk)?, pages: args.pages };
-        guest.map()?
-    };
+    let map = { guest(args)?.map()? };
     forget_peak()?;
     let before = processor_seconds()?;
     let began = Instant::now();
@@ -176,7 +190,10 @@ fn source(args: &Args) -> Result<(SourceSummary, f64), Failed> {
         side: Some(OwnedFd::from(side)),
         map,
         disks: vec![DiskName { vdev: Vdev(XVDA), path: std::fs::canonicalize(&args.disk)? }],
-        config: Config::default(),
+        config: Config {
+            ahead_bytes: if args.in_order { u64::MAX } else { Config::default().ahead_bytes },
+            ..Config::default()
+        },
     })?;
     Ok((filter.finish()?, before))
 }
@@ -192,16 +209,25 @@ fn target(args: &Args) -> Result<TargetSummary, Failed> {
     Ok(filter.finish()?)
 }
 
-fn copy() -> Result<Told, Failed> {
+/// Copies, so many bytes a second at most; what is not used of a moment is lost, as on a wire.
+fn copy(rate: u64) -> Result<Told, Failed> {
     let mut from = UnixStream::from(standard(io::stdin())?);
     let mut to = UnixStream::from(standard(io::stdout())?);
-    let mut buffer = vec![0; 1 << 20];
+    let mut buffer = vec![0; if rate == u64::MAX { 1 << 20 } else { 64 << 10 }];
+    let (mut told, began) = (Told::default(), Instant::now());
+    let mut free_at = Duration::ZERO;
     loop {
         let read = from.read(&mut buffer)?;
         if read == 0 {
-            return Ok(Told::default());
+            return Ok(told);
+        }
+        if rate != u64::MAX {
+            free_at = free_at.max(began.elapsed());
+            std::thread::sleep(free_at.saturating_sub(began.elapsed()));
+            free_at += Duration::from_secs_f64(read as f64 / rate as f64);
         }
         to.write_all(&buffer[..read])?;
+        told.bytes += read as u64;
     }
 }
 

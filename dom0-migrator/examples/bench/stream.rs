@@ -20,24 +20,48 @@ pub struct Args {
     /// Times that each is measured
     #[arg(long, default_value_t = 3)]
     runs: u32,
+    /// Bytes a second of the narrow wire, over which a guest goes whose kinds of pages lie far apart
+    #[arg(long, default_value_t = 200_000_000)]
+    wire: u64,
 }
+
+/// Pages of a kind that lie together in that guest: 64 MiB.
+const FAR_APART: u64 = 16 << 10;
 
 /// Measures, and prints JSON.
 pub fn run(args: &Args) -> Result<(), Failed> {
     let filters = [Role::Generate, Role::Source, Role::Target, Role::Sink];
     let copies = [Role::Generate, Role::Copy, Role::Copy, Role::Sink];
     let one_copy = [Role::Generate, Role::Copy, Role::Sink];
-    let checked = chain(args, &filters, true)?;
+    let narrow = [Role::Generate, Role::Source, Role::Wire, Role::Target, Role::Sink];
+    let far_apart = ["--stretch".to_owned(), FAR_APART.to_string(), "--rate".into(), args.wire.to_string()];
+    let in_order = [&far_apart[..], &["--in-order".into()]].concat();
+    let checked = chain(args, &filters, &["--check".into()])?;
     let (written, read) = (checked[0].digest, checked[3].digest);
     if written != read {
         return Err(format!("memory differs: {written:#x} was written, {read:#x} was read").into());
     }
-    let (mut with_filters, mut copied, mut copied_once) = (Vec::new(), Vec::new(), Vec::new());
-    for _ in 0..args.runs {
-        copied.push(chain(args, &copies, false)?);
-        with_filters.push(chain(args, &filters, false)?);
-        copied_once.push(chain(args, &one_copy, false)?);
+    // Parted records, too, bring the same memory.
+    let checked = chain(args, &narrow, &[&far_apart[..], &["--check".into()]].concat())?;
+    if checked[0].digest != checked[4].digest {
+        return Err("memory differs after a narrow wire".into());
     }
+    let (mut with_filters, mut copied, mut copied_once) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut overtaking, mut in_turn) = (Vec::new(), Vec::new());
+    for _ in 0..args.runs {
+        copied.push(chain(args, &copies, &[])?);
+        with_filters.push(chain(args, &filters, &[])?);
+        copied_once.push(chain(args, &one_copy, &[])?);
+        in_turn.push(chain(args, &narrow, &in_order)?);
+        overtaking.push(chain(args, &narrow, &far_apart)?);
+    }
+    let seconds = |runs: &[Vec<Told>]| -> Vec<f64> {
+        runs.iter().map(|told| told.last().map_or(0.0, |sink| sink.seconds)).collect()
+    };
+    let busy = |runs: &[Vec<Told>]| -> Vec<f64> {
+        let share = |told: &Vec<Told>| told[2].bytes as f64 / args.wire as f64 / told[4].seconds;
+        runs.iter().map(share).collect()
+    };
     let rate = |runs: &[Vec<Told>]| -> Vec<f64> {
         let of_one = |told: &Vec<Told>| told.last().map_or(0.0, |sink| bytes(args) / sink.seconds);
         runs.iter().map(of_one).collect()
@@ -55,6 +79,10 @@ pub fn run(args: &Args) -> Result<(), Failed> {
         "one_copy": rate(&copied_once),
         "source_resident": resident(1),
         "target_resident": resident(2),
+        "narrow": seconds(&overtaking),
+        "narrow_in_order": seconds(&in_turn),
+        "narrow_busy": busy(&overtaking),
+        "narrow_busy_in_order": busy(&in_turn),
         "source": with_filters.last().map(|told| told[1].counted.clone()),
         "target": with_filters.last().map(|told| told[2].counted.clone()),
     });
@@ -67,7 +95,7 @@ fn bytes(args: &Args) -> f64 {
 }
 
 /// Runs a chain of processes to its end; what they said, in order.
-fn chain(args: &Args, roles: &[Role], check: bool) -> Result<Vec<Told>, Failed> {
+fn chain(args: &Args, roles: &[Role], more: &[String]) -> Result<Vec<Told>, Failed> {
     let directory = tempfile::tempdir()?;
     let mut children: Vec<(Role, Child)> = Vec::new();
     let mut from: Option<OwnedFd> = None;
@@ -78,9 +106,7 @@ fn chain(args: &Args, roles: &[Role], check: bool) -> Result<Vec<Told>, Failed> 
         command.arg("--pages").arg((args.mib * 256).to_string());
         command.arg("--side").arg(directory.path().join("side"));
         command.arg("--report").arg(report_path(directory.path(), place));
-        if check {
-            command.arg("--check");
-        }
+        command.args(more);
         if let Some(from) = from.take() {
             command.stdin(from);
         }

@@ -190,7 +190,7 @@ fn forward(
         if !is_memory(pipe, ready)? {
             return Ok(End::Ready);
         }
-        match follower.next() {
+        match follower.what_next() {
             Next::See(length) => {
                 let mut bytes = vec![0; length];
                 let length = read_up_to(pipe, &mut bytes)?;

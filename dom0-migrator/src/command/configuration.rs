@@ -96,21 +96,27 @@ impl Configuration {
     pub fn load(file: Option<&Path>) -> Result<Self, ConfigurationError> {
         let path = file.unwrap_or(Path::new(FILE));
         match std::fs::read_to_string(path) {
-            Ok(text) => {
-                let read = toml::from_str::<Self>(&text).map_err(|source| ConfigurationError::Malformed {
-                    path: path.to_owned(),
-                    source: Box::new(source),
-                })?;
-                if (1..=CONNECTIONS_MAX).contains(&read.connections) {
-                    Ok(read)
-                } else {
-                    Err(ConfigurationError::Connections { path: path.to_owned(), found: read.connections })
-                }
-            }
+            Ok(text) => Self::parse(path, &text),
             Err(error) if file.is_none() && error.kind() == std::io::ErrorKind::NotFound => {
                 Ok(Self::default())
             }
             Err(source) => Err(ConfigurationError::Io { path: path.to_owned(), source }),
+        }
+    }
+
+    /// Parses the text of the file at `path`.
+    ///
+    /// # Errors
+    /// [`ConfigurationError::Malformed`], [`ConfigurationError::Connections`].
+    pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigurationError> {
+        let read = toml::from_str::<Self>(text).map_err(|source| ConfigurationError::Malformed {
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+        if (1..=CONNECTIONS_MAX).contains(&read.connections) {
+            Ok(read)
+        } else {
+            Err(ConfigurationError::Connections { path: path.to_owned(), found: read.connections })
         }
     }
 

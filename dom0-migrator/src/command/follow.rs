@@ -83,7 +83,7 @@ impl Follower {
     }
 
     /// What to do with the next bytes. After a [`Next::Pass`] it is to be asked again.
-    pub fn next(&mut self) -> Next {
+    pub fn what_next(&mut self) -> Next {
         match self.state {
             State::XlHeader => Next::See(XL_HEADER),
             State::LibxlHeader => Next::See(LIBXL_HEADER),
@@ -100,7 +100,7 @@ impl Follower {
 
     fn pass(&mut self, length: u64, then: State) -> Next {
         self.state = then;
-        if length == 0 { self.next() } else { Next::Pass(length) }
+        if length == 0 { self.what_next() } else { Next::Pass(length) }
     }
 
     /// Looks at the bytes that were asked for.
@@ -201,7 +201,7 @@ mod tests {
     fn follow(bytes: &[u8]) -> (Follower, usize) {
         let (mut follower, mut at) = (Follower::default(), 0_usize);
         loop {
-            match follower.next() {
+            match follower.what_next() {
                 Next::See(length) => match bytes.get(at..at + length) {
                     Some(seen) => {
                         follower.seen(seen);

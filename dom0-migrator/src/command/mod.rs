@@ -11,7 +11,7 @@ mod connection;
 mod doctor;
 mod domain;
 mod evacuate;
-mod follow;
+pub mod follow;
 mod host;
 mod judge;
 mod link;
@@ -36,7 +36,7 @@ mod summary;
 mod tls;
 mod toolstack;
 mod watch;
-mod xl_words;
+pub mod xl_words;
 
 pub use bundle::{BlocksReport, Compression};
 pub use progress::Form as ProgressForm;

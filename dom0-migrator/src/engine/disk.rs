@@ -50,6 +50,8 @@ pub enum DiskError {
 pub struct Disk {
     file: File,
     size: u64,
+    #[cfg(test)]
+    pub(super) path: PathBuf,
 }
 
 impl Disk {
@@ -76,7 +78,12 @@ impl Disk {
             return Err(DiskError::Kind { path: path.to_owned() });
         }
         let size = file.seek(SeekFrom::End(0)).map_err(failed("taking the size of"))?;
-        Ok(Self { file, size })
+        Ok(Self {
+            file,
+            size,
+            #[cfg(test)]
+            path: path.to_owned(),
+        })
     }
 
     /// Its size in bytes.

@@ -38,6 +38,8 @@ mod config;
 mod descriptor;
 pub mod disk;
 mod error;
+#[cfg(test)]
+pub(crate) mod fault;
 mod intake;
 pub mod late_writes;
 pub mod memory_record;

@@ -30,7 +30,7 @@ pub const MAX_PFN: u64 = (1 << 52) - 1;
 
 /// Record types.
 pub mod record {
-    #![allow(missing_docs)] // The names are the specification's.
+    #![allow(missing_docs, reason = "the names are the specification's")]
     pub const END: u32 = 0;
     pub const PAGE_DATA: u32 = 1;
     pub const VERIFY: u32 = 0xd;

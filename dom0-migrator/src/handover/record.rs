@@ -10,6 +10,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -152,6 +153,8 @@ pub struct Records {
 pub struct Record<S> {
     content: Content<S>,
     path: PathBuf,
+    /// The file that says how far it is, and the bytes in it.
+    shown: Option<(File, usize)>,
     _lock: Flock<File>,
 }
 
@@ -171,6 +174,9 @@ pub fn boot() -> String {
 /// Replaces a file as a whole: after this either the old or the new content is there, and on disk.
 fn replace(path: &Path, bytes: &[u8]) -> Result<(), RecordError> {
     let directory = path.parent().unwrap_or(Path::new("."));
+    #[cfg(test)]
+    crate::engine::fault::point(directory, crate::engine::fault::Point::RecordWrite)
+        .map_err(io_error("write", path))?;
     let mut file = tempfile::NamedTempFile::new_in(directory).map_err(io_error("write beside", path))?;
     file.write_all(bytes).map_err(io_error("write", path))?;
     file.as_file().sync_all().map_err(io_error("flush", path))?;
@@ -190,6 +196,12 @@ impl Records {
             .unwrap_or_else(|| DIRECTORY.into());
         fs::create_dir_all(&directory).map_err(io_error("make", &directory))?;
         Ok(Self { directory })
+    }
+
+    /// A directory that is there.
+    #[cfg(test)]
+    pub(crate) fn open_at(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
     }
 
     fn path(&self, id: &Token, side: Side, kind: &str) -> PathBuf {
@@ -226,7 +238,7 @@ impl Records {
             history: vec![(state, now())],
             note: None,
         };
-        let record = Record { content, path, _lock: lock };
+        let record = Record { content, path, shown: None, _lock: lock };
         record.write()?;
         Ok(record)
     }
@@ -242,7 +254,7 @@ impl Records {
         }
         let lock = self.lock(id, S::SIDE)?;
         // Read under the lock: it may have changed before.
-        Ok(Some(Record { content: read(&path)?, path, _lock: lock }))
+        Ok(Some(Record { content: read(&path)?, path, shown: None, _lock: lock }))
     }
 
     fn lock(&self, id: &Token, side: Side) -> Result<Flock<File>, RecordError> {
@@ -358,11 +370,21 @@ fn read<S: State>(path: &Path) -> Result<Content<S>, RecordError> {
         return Err(malformed(format!("it has {length} bytes")));
     }
     let bytes = fs::read(path).map_err(io_error("read", path))?;
-    let content: Content<S> = serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
-    if content.version != VERSION || content.side != S::SIDE {
-        return Err(malformed(format!("it is of version {} and of the {}", content.version, content.side)));
+    Content::parse(&bytes).map_err(malformed)
+}
+
+impl<S: State> Content<S> {
+    /// What a record's file says.
+    ///
+    /// # Errors
+    /// What is wrong with it, in words.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        let content: Self = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+        if content.version != VERSION || content.side != S::SIDE {
+            return Err(format!("it is of version {} and of the {}", content.version, content.side));
+        }
+        Ok(content)
     }
-    Ok(content)
 }
 
 impl<S: State> Record<S>
@@ -422,14 +444,25 @@ impl<S: State> Record<S> {
         self.path.with_extension("cancel").exists()
     }
 
-    /// Tells `status` how far it is. Nothing depends on it, so it is not flushed.
-    pub fn show(&self, progress: &Progress) {
+    /// Tells `status` how far it is. Nothing depends on it, so it is not flushed; and the file is written over, neither cut off nor
+    /// replaced, which some file systems take for a reason to flush it at once.
+    pub fn show(&mut self, progress: &Progress) {
         let path = self.path.with_extension("progress");
-        let beside = self.path.with_extension("progress-new");
-        let bytes = serde_json::to_vec(progress).unwrap_or_default();
-        if fs::write(&beside, bytes).and_then(|()| fs::rename(&beside, &path)).is_err() {
-            tracing::debug!(?path, "progress could not be written");
+        if let Err(error) = self.try_show(&path, progress) {
+            tracing::debug!(?path, %error, "progress could not be written");
         }
+    }
+
+    fn try_show(&mut self, path: &Path, progress: &Progress) -> io::Result<()> {
+        let (file, length) = match &mut self.shown {
+            Some(shown) => shown,
+            none => none.insert((File::create(path)?, 0)),
+        };
+        let mut bytes = serde_json::to_vec(progress)?;
+        // Spaces behind it mean nothing in JSON.
+        bytes.resize(bytes.len().max(*length), b' ');
+        *length = bytes.len();
+        file.write_all_at(&bytes, 0)
     }
 
     fn write(&self) -> Result<(), RecordError> {
@@ -523,11 +556,12 @@ mod tests {
     fn a_cancel_and_progress_reach_their_process_and_go_with_it() {
         let (_directory, records) = records();
         let id = Token::random().unwrap();
-        let record = records.begin(&id, SourceState::Sending, "db1", None, "").unwrap();
+        let mut record = records.begin(&id, SourceState::Sending, "db1", None, "").unwrap();
         assert!(!record.is_cancelled());
         records.ask_to_cancel(&id, Side::Source).unwrap();
         assert!(record.is_cancelled());
         let progress = Progress { round: 2, done: 1, total: 9, phase: "sending".into() };
+        record.show(&Progress { phase: "something longer".into(), ..progress.clone() });
         record.show(&progress);
         assert_eq!(records.progress(&id, Side::Source), Some(progress));
         drop(record);

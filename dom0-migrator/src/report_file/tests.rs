@@ -48,8 +48,9 @@ fn bytes(report: &ReportFile) -> Vec<u8> {
 
 #[test]
 fn what_is_written_is_read() {
-    let report = parse(&bytes(&example())).unwrap();
-    assert_eq!(report, example());
+    let example = example();
+    let report = parse(&bytes(&example)).unwrap();
+    assert_eq!(report, example);
     assert_eq!(report.number("/source/refused/hash"), Some(3));
     assert_eq!(report.text("/lists_problem"), Some("none"));
     assert_eq!(report.target_offset(), Some(-0.5));

@@ -115,7 +115,8 @@ impl Xenstore {
         Err(StoreError::NotThere(first_error.unwrap_or_else(|| io::ErrorKind::NotFound.into())))
     }
 
-    fn over(connection: File) -> Self {
+    /// A client over a connection that is there.
+    pub fn over(connection: File) -> Self {
         Self { connection, next_request: 1, watch_fired: false }
     }
 

@@ -3,8 +3,10 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 
+mod between;
 mod check;
 mod connections;
+mod faults;
 mod operate;
 mod xenstored;
 

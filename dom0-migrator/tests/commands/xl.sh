@@ -77,6 +77,7 @@ migrate-receive)
     if read -r -d '' said && [ "$said" = "$go" ]; then
         fault target-dies-go && kill -KILL $$
         fault target-holds-go && hold
+        fault target-waits-with-go && while [ ! -e "$XS/../go-on" ]; do [ -d "$XS" ] || exit 1; sleep 0.05; done
         status='\003'
         if ! fault target-cannot-start; then
             printf '%s' "$name" > "$domains/7/name"

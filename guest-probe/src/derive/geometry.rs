@@ -313,7 +313,7 @@ fn chunks_from<F: ReadAt + ?Sized, M: Memory>(
 }
 
 /// With several instances the distance between them shows; returns it, and the chunks of all instances.
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, reason = "each is a thing of its own that is known by then")]
 fn other_instances<F: ReadAt + ?Sized, M: Memory>(
     server: &Server<'_, F, M>,
     pool: u64,

@@ -46,7 +46,7 @@ const IO_FIX_READ: u8 = 1;
 
 /// Why nothing can be found out at all.
 #[derive(Debug, Error)]
-#[allow(missing_docs)] // each is what its source says
+#[allow(missing_docs, reason = "each is what its source says")]
 pub enum DeriveError {
     #[error(transparent)]
     Process(#[from] ProcessError),

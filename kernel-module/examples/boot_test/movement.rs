@@ -126,7 +126,11 @@ pub fn compaction() -> Result<()> {
         if moved > 0 {
             break moved;
         }
-        let hole = holes.next().context("compaction moves no page at all: nothing is shown")?;
+        let Some(hole) = holes.next() else {
+            // A small guest's memory may have no place that is better; in a machine of our own there is one.
+            ensure!(told().in_guest, "compaction moves no page at all: nothing is shown");
+            break 0;
+        };
         memory.discard(hole + 1, 1)?;
     };
     println!(

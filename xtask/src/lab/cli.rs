@@ -3,6 +3,7 @@
 use std::io::{Read, Write, stdin, stdout};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,6 +15,7 @@ use nix::unistd::Pid;
 use super::machine::Machine;
 use super::run_dir::{Record, living};
 use super::{Flavour, GuestSize, Host, Lab, Options, frozen};
+use crate::deployment::Deployment;
 use crate::setup;
 
 /// Raise, use and end the lab.
@@ -34,6 +36,15 @@ enum Command {
         /// What kind of guest, and so which hosts
         #[arg(long, value_enum, default_value_t, value_name = "KIND")]
         guest: Flavour,
+        /// Put Poolskip into it: the migrator into both hosts, the module and the probe into the guest
+        #[arg(long)]
+        install: bool,
+        /// Memory of the guest, in MiB
+        #[arg(long, value_name = "MIB", default_value_t = 704)]
+        guest_memory: u32,
+        /// Buffer pool of the guest, in MiB
+        #[arg(long, value_name = "MIB", default_value_t = 256)]
+        guest_pool: u32,
     },
     /// Run a shell command on a machine of the lab that is up
     Run {
@@ -45,6 +56,15 @@ enum Command {
         /// The command; its words are put together with spaces for the machine's shell
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
+    },
+    /// Put a file of this machine onto a machine of the lab that is up
+    Put {
+        /// Which machine
+        machine: Which,
+        /// The file here
+        file: PathBuf,
+        /// Its path there; it may be executed there
+        path: String,
     },
     /// Connect to the serial console of a host (hypervisor and dom0); Ctrl-C leaves it
     Console {
@@ -80,7 +100,15 @@ enum Which {
 /// When it cannot be done.
 pub fn run(args: &Args) -> Result<()> {
     match &args.command {
-        Command::Up { guest } => up(*guest),
+        Command::Up { guest, install, guest_memory, guest_pool } => {
+            up(*guest, *install, GuestSize::new(*guest_memory, *guest_pool)?)
+        }
+        Command::Put { machine: which, file, path } => {
+            // Whatever runs there under that name keeps the file that it has.
+            let machine = machine(*which, &only(args.pid)?);
+            machine.push(file, &format!("{path}.new"), 0o755)?;
+            machine.must(&format!("mv '{path}.new' '{path}'"), Duration::from_secs(60)).map(drop)
+        }
         Command::Run { machine, timeout, command } => {
             run_command(args.pid, *machine, &command.join(" "), Duration::from_secs(*timeout))
         }
@@ -95,8 +123,13 @@ pub fn run(args: &Args) -> Result<()> {
     }
 }
 
-fn up(flavour: Flavour) -> Result<()> {
-    let mut lab = Lab::warm(&Options { flavour, ..Options::default() })?;
+fn up(flavour: Flavour, install: bool, guest: GuestSize) -> Result<()> {
+    let deployment = install.then(|| Deployment::build(flavour)).transpose()?;
+    let mut lab = Lab::warm(&Options { flavour, guest, ..Options::default() })?;
+    if let Some(deployment) = deployment {
+        deployment.install(&lab)?;
+        deployment.start_probe(&lab, "")?;
+    }
     lab.announce(true)?;
     println!("{}\nCtrl-C ends it.", lab.describe());
     loop {

@@ -49,8 +49,8 @@ impl<'a> Bed<'a> {
     }
 }
 
-/// Those cases that have `only` in their names (or one of several words, with commas between), or simply all.
-pub(super) fn chosen(cases: &[Case], only: Option<&str>) -> Vec<Case> {
-    let is_meant = |name: &str| only.is_none_or(|only| only.split(',').any(|word| name.contains(word)));
-    cases.iter().filter(|(name, _)| is_meant(name)).copied().collect()
+/// Those cases that have one of `only` in their names, or simply all.
+pub(super) fn chosen(cases: &[Case], only: &[String]) -> Vec<Case> {
+    let is_wanted = |name: &str| only.is_empty() || only.iter().any(|only| name.contains(only));
+    cases.iter().filter(|(name, _)| is_wanted(name)).copied().collect()
 }

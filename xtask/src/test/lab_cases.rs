@@ -35,12 +35,12 @@ pub(super) const CASES: [Case; 12] = [
     ("module_passes_its_cases_beside_the_database", module_cases),
 ];
 
-/// Runs all cases of the PV guest whose names have `only` in them, or simply all; stops at the first that fails, since what the guest
+/// Runs all cases of the PV guest whose names have one of `only` in them, or simply all; stops at the first that fails, since what the guest
 /// is then is not known.
 ///
 /// # Errors
 /// That of the first case that fails.
-pub(super) fn run(only: Option<&str>) -> Result<()> {
+pub(super) fn run(only: &[String]) -> Result<()> {
     let cases = chosen(&CASES, only);
     if cases.is_empty() {
         return Ok(());

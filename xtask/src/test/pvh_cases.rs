@@ -25,7 +25,7 @@ pub(super) const CASES: [Case; 6] = [
     ("pvh_module_passes_its_cases_beside_the_database", module_cases),
 ];
 
-/// Runs all cases whose names have `only` in them, or simply all; stops at the first that fails.
+/// Runs all cases whose names have one of `only` in them, or simply all; stops at the first that fails.
 ///
 /// Under emulation about one migration of a PVH guest in six ends in a triple fault of the guest, with the stock helper too: state of
 /// the hypervisor's is in the guest's registers then. The hypervisor says so by name. Then, and only then, and only so many times, a
@@ -33,7 +33,7 @@ pub(super) const CASES: [Case; 6] = [
 ///
 /// # Errors
 /// That of the first case that fails.
-pub(super) fn run(only: Option<&str>) -> Result<()> {
+pub(super) fn run(only: &[String]) -> Result<()> {
     let mut left = VecDeque::from(chosen(&CASES, only));
     if left.is_empty() {
         return Ok(());

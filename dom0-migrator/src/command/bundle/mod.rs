@@ -236,6 +236,9 @@ fn send_blocks(
         let stored = compressed.map_or(length, <[u8]>::len);
         let codec = if compressed.is_some() { codec } else { Codec::Raw };
         head.copy_from_slice(&Header::Block { number, codec, length, stored }.to_bytes());
+        // Before it goes: whoever has received all of a stream finds all of it counted.
+        shared.before.fetch_add(length as u64, Ordering::Relaxed);
+        shared.after.fetch_add((HEADER + stored) as u64, Ordering::Relaxed);
         let began = Instant::now();
         match compressed {
             Some(compressed) => {
@@ -245,8 +248,6 @@ fn send_blocks(
             None => socket.write_all(&block)?,
         }
         shared.chooser.sent(stored, began.elapsed(), || shared.carried().sent);
-        shared.before.fetch_add(length as u64, Ordering::Relaxed);
-        shared.after.fetch_add((HEADER + stored) as u64, Ordering::Relaxed);
         let _ = give_back.try_send(block);
     }
     // Without a number the stream did not end, but was broken off.

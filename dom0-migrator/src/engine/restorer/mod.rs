@@ -167,6 +167,10 @@ pub struct Restorer {
 impl Restorer {
     /// Starts the threads.
     pub fn start(key: [u8; 32], disks: Vec<Option<Disk>>, config: &Config) -> io::Result<Self> {
+        #[cfg(test)]
+        if let Some(disk) = disks.iter().flatten().next() {
+            super::fault::point(&disk.path, super::fault::Point::RestorerStart)?;
+        }
         let read_bytes = config.read_bytes.clamp(PAGE, LONGEST_READ);
         let readers = config.readers.max(1);
         // A read begins and ends at whole blocks.
@@ -345,6 +349,8 @@ impl Shared {
         let length = extent.length as usize;
         let got = std::mem::replace(&mut read.outcome, Ok(0))?.min(length);
         let Some(disk) = self.disk(extent.disk) else { return Ok(got) };
+        #[cfg(test)]
+        super::fault::point(&disk.path, super::fault::Point::DiskRead)?;
         // Direct I/O goes on only where a sector begins.
         if got == 0 || got == length || !got.is_multiple_of(512) || extent.start + got as u64 >= disk.size() {
             return Ok(got);

@@ -21,10 +21,10 @@ use crossbeam_channel::{Sender, after, never, select_biased};
 use super::filter::{Filter, Mode};
 use super::work::{Class, Record};
 use crate::engine::error::EngineError;
-use crate::engine::memory_record::{Span, SpanKind};
+use crate::engine::memory_record::SpanKind;
 use crate::engine::outlet::{Body, Parcel, Piece};
 use crate::engine::pool::Buffer;
-use crate::engine::xen_stream::{PAGE, PAGE_DATA_HEAD, PageData, RecordHeader, record};
+use crate::engine::xen_stream::{PAGE, PAGE_DATA_HEAD, PageData, RecordHeader, XALLOC, record};
 
 /// Bytes that may still wait for the wire when it counts as having caught up: what it sends until libxenguest has begun the next pass.
 const CAUGHT_UP: u64 = 1 << 20;
@@ -134,26 +134,36 @@ impl Filter {
         }
     }
 
-    /// Sends the builder's raw pages by themselves, as PAGE_DATA, behind what waits already; the other spans stay in the builder.
-    pub(super) fn send_raw_apart(&mut self, record: &Record, raw_at: usize) -> Result<(), EngineError> {
-        let (mut words, mut copy, mut at) = (Vec::new(), Vec::new(), raw_at);
+    /// Takes the raw pages out of the builder: a record of their own, PAGE_DATA, to be sent behind what waits already, and after the one of the
+    /// other spans. These stay in the builder; for a PVH or HVM guest's first pass, so do the raw ones, as "allocate only".
+    pub(super) fn part(&mut self, record: &Record, raw_at: usize) -> Option<Parcel<Pages, Sender<()>>> {
+        let raw = self.builder.spans.iter().filter(|span| span.kind == SpanKind::Raw);
+        let raw: usize = raw.map(|span| span.count as usize).sum();
+        if raw == 0 {
+            return None;
+        }
+        let length = PAGE_DATA_HEAD + raw * (8 + PAGE);
+        let mut head = RecordHeader::bytes(record::PAGE_DATA, length).to_vec();
+        head.extend_from_slice(&(raw as u64).to_le_bytes());
+        let mut copy = Vec::with_capacity(raw * PAGE);
+        let mut at = raw_at;
         for span in &self.builder.spans {
             let pages = if span.kind == SpanKind::NoData { 0 } else { span.count as usize };
             if span.kind == SpanKind::Raw {
-                words.extend(span.entries().flat_map(|entry| entry.word().to_le_bytes()));
+                head.extend(span.entries().flat_map(|entry| entry.word().to_le_bytes()));
                 copy.extend_from_slice(record.body.get(at..at + pages * PAGE).unwrap_or_default());
             }
             at += pages * PAGE;
         }
-        self.builder.spans.retain(|span: &Span| span.kind != SpanKind::Raw);
-        if words.is_empty() {
-            return Ok(());
+        if self.placeholders && record.pass == 1 {
+            // Newer versions of libxenguest build superpages out of PFNs that come in order in the first pass.
+            for span in self.builder.spans.iter_mut().filter(|span| span.kind == SpanKind::Raw) {
+                (span.kind, span.first.page_type) = (SpanKind::NoData, XALLOC);
+            }
+        } else {
+            self.builder.spans.retain(|span| span.kind != SpanKind::Raw);
         }
-        let length = PAGE_DATA_HEAD + words.len() + copy.len();
-        let mut head = RecordHeader::bytes(record::PAGE_DATA, length).to_vec();
-        head.extend_from_slice(&(words.len() as u64 / 8).to_le_bytes());
-        head.extend_from_slice(&words);
         let pieces = vec![Piece::Body { part: 0, range: 0..copy.len() }];
-        self.send(Parcel { head, pieces, body: Some(Pages::Copy(copy)), then: None })
+        Some(Parcel { head, pieces, body: Some(Pages::Copy(copy)), then: None })
     }
 }

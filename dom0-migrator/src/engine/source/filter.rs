@@ -20,7 +20,9 @@ use crate::engine::pool::Pool;
 use crate::engine::summary::{DrainReport, SourceStats};
 use crate::engine::travel::Travel;
 use crate::engine::window::Window;
-use crate::engine::xen_stream::{MAX_PAGE_DATA, PageData, RecordHeader, is_page_table, record};
+use crate::engine::xen_stream::{
+    DOMAIN_HVM, MAX_PAGE_DATA, PageData, RecordHeader, domain_type, is_page_table, record,
+};
 
 /// How memory is treated now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +55,12 @@ pub(super) struct Filter {
     /// Who waits until the wire has caught up.
     pub(super) catching_up: Option<Sender<()>>,
     pub(super) since_fence: SinceFence,
+    /// Whether PFNs are to be named in order, their pages present or not: for PVH and HVM guests.
+    pub(super) placeholders: bool,
     /// Number of the last sync record sent, and of the last one answered.
     pub(super) syncs: (u64, u64),
+    /// Verdicts so far, on references of any kind; one on each at most.
+    pub(super) verdicts_heard: u64,
     pub(super) stats: SourceStats,
     pub(super) travel: Travel,
     /// Bytes handed to the outlet.
@@ -90,7 +96,10 @@ impl Filter {
             };
             self.stats.bytes_in = arrived.offset;
             match arrived.what {
-                Incoming::Headers(headers) => self.send(Parcel::bytes(headers.to_vec()))?,
+                Incoming::Headers(headers) => {
+                    self.placeholders = domain_type(&headers) == DOMAIN_HVM;
+                    self.send(Parcel::bytes(headers.to_vec()))?;
+                }
                 Incoming::Request(request) => self.handle_request(request),
                 Incoming::Record(ticket) => {
                     let record = ticket.recv().map_err(|_| EngineError::Panicked)?;

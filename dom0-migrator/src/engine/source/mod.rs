@@ -114,6 +114,10 @@ impl SourceFilter {
     pub fn start(parts: SourceParts) -> Result<Self, EngineError> {
         let SourceParts { from_save, to_wire, side, mut map, disks, config } = parts;
         map.seal();
+        #[cfg(test)]
+        if let Some(disk) = disks.first() {
+            super::fault::point(&disk.path, super::fault::Point::SourceStart).map_err(EngineError::Start)?;
+        }
         let (ringer, bell) = bell().map_err(EngineError::Start)?;
         let (requests, requests_rx) = unbounded();
         let aborted = Arc::new(AtomicBool::new(false));
@@ -175,7 +179,9 @@ impl SourceFilter {
             drain: None,
             catching_up: None,
             since_fence: SinceFence::default(),
+            placeholders: false,
             syncs: (0, 0),
+            verdicts_heard: 0,
             stats: summary.stats.clone(),
             travel: super::travel::Travel::default(),
             bytes_sent: 0,

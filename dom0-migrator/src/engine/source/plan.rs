@@ -116,12 +116,12 @@ impl Filter {
         }
         self.stats.bytes_page_data += (raw * PAGE) as u64;
         let parted = may_part && self.is_behind();
+        let apart = if parted { self.part(&record, raw_at) } else { None };
         if parted {
-            self.send_raw_apart(&record, raw_at)?;
             (pieces, raw) = (Vec::new(), 0);
-            if self.builder.spans.is_empty() {
-                return Ok(());
-            }
+        }
+        if self.builder.spans.is_empty() {
+            return apart.map_or(Ok(()), |apart| self.send(apart));
         }
         let length = self.builder.head_len() + raw * PAGE;
         let mut head = Vec::with_capacity(RECORD_HEADER + self.builder.head_len());
@@ -131,7 +131,12 @@ impl Filter {
         let body = (!parted).then_some(Pages::Record(record.body));
         let parcel = Parcel { head, pieces, body, then: None };
         // All records with references go in this lane, so that their numbers ascend.
-        if may_part { self.send_first(parcel) } else { self.send(parcel) }
+        if may_part {
+            self.send_first(parcel)?
+        } else {
+            self.send(parcel)?
+        }
+        apart.map_or(Ok(()), |apart| self.send(apart))
     }
 }
 

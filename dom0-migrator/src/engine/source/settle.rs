@@ -120,6 +120,12 @@ impl Filter {
     }
 
     pub(super) fn handle_verdicts(&mut self, verdicts: &Verdicts) -> Result<(), EngineError> {
+        // A target says of each reference once what became of it. One that says it over and over would keep this thread busy with ranges.
+        let said: u64 = verdicts.accepted.iter().map(|(_, count)| u64::from(*count)).sum();
+        self.verdicts_heard += said + verdicts.refused.len() as u64;
+        if self.verdicts_heard > self.window.next_number() {
+            return self.lose_side(&SideError::Malformed("more verdicts than references"));
+        }
         let never_sent = SideError::Malformed("a verdict on a reference that was never sent");
         for &(first, count) in &verdicts.accepted {
             if first + u64::from(count) > self.window.next_number() {

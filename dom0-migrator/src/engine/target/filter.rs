@@ -243,9 +243,8 @@ impl Filter {
         }
     }
 
-    /// Hands on what disks have brought: this, and all that is there beside it, in records as long as libxenguest's own may be. It maps
-    /// and unmaps the guest's pages for each record, which costs more than a page's copy. The verdicts are given once libxenguest has the
-    /// pages in its pipe.
+    /// Hands on what disks have brought: this, and all that is there beside it, in records as long as libxenguest's own may be, since it
+    /// maps and unmaps the guest's pages for each record. The verdicts are given once libxenguest has the pages in its pipe.
     fn hand_on(&mut self, first: Batch) -> Result<(), EngineError> {
         let results = self.session.as_ref().map_or_else(never, |session| session.restorer.results.clone());
         let mut joined = Joined::default();

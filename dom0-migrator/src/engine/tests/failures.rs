@@ -170,6 +170,23 @@ fn a_verdict_on_something_never_sent_ends_the_side_channel() {
 }
 
 #[test]
+fn a_target_that_says_it_over_and_over_is_given_up() {
+    let mut lone = LoneSource::start(config());
+    lone.refer_to_clean_pages();
+    Verdicts { accepted: vec![(0, 31)], refused: Vec::new() }.write(&mut lone.side).unwrap();
+    while lone.source.stats().references_accepted < 31 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // All but the last again: it was heard, and so was more than was ever sent.
+    Verdicts { accepted: vec![(0, 31)], refused: Vec::new() }.write(&mut lone.side).unwrap();
+    let report = lone.source.drain().unwrap();
+    assert!(lone.source.stats().side_channel_lost && !report.synced, "{report:?}");
+    assert_eq!(lone.source.stats().references_replaced, 1);
+    lone.save.write_all(&ending()).unwrap();
+    assert_eq!(lone.pages_on_wire(Vec::new()).into_iter().collect::<Vec<_>>(), [(31, disk_page(31))]);
+}
+
+#[test]
 fn a_lost_side_channel_costs_only_bytes() {
     let disk = disk(64);
     let mut pair = Pair::simple(map((0..64).map(|pfn| (pfn, pfn))), &disk, config());

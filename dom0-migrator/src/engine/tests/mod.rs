@@ -3,6 +3,7 @@
 mod chaos;
 mod examples;
 mod failures;
+mod faults;
 mod guest_stream;
 mod interleavings;
 mod journey;

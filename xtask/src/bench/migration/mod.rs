@@ -44,7 +44,7 @@ pub struct Args {
     /// Memory of the guest, in MiB; with another one than the lab's own a lab is built and kept for it
     #[arg(long, value_name = "MIB", default_value_t = 704)]
     guest_memory: u32,
-    /// Buffer pool of the guest, in MiB; 640 of 896 is the proportion of the research
+    /// Buffer pool of the guest, in MiB; 768 of 1120 is the proportion of the research
     #[arg(long, value_name = "MIB", default_value_t = 256)]
     guest_pool: u32,
     /// Warehouses of TPC-C

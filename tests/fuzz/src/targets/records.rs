@@ -1,0 +1,66 @@
+//! What lies on a disk: records, reports, settings.
+
+use std::path::Path;
+
+use dom0_migrator::command::configuration::{Configuration, Rate};
+use dom0_migrator::handover::{Duty, SourceState, State, TargetState, record};
+use dom0_migrator::{html, report_file};
+use guest_probe::catalogue::Catalogue;
+use guest_probe::config::Config;
+
+/// A record that is taken says which side it is of, and what is to be done.
+fn record_of<S: State>(data: &[u8]) {
+    if let Ok(content) = record::Content::<S>::parse(data) {
+        assert_eq!(content.side, S::SIDE);
+        let _ = (content.state.duty() == Duty::Nothing, content.state.may_run());
+        let again = serde_json::to_vec(&content).unwrap();
+        assert_eq!(record::Content::<S>::parse(&again).as_ref(), Ok(&content));
+    }
+}
+
+/// Records of both sides.
+pub fn handover(data: &[u8]) {
+    record_of::<SourceState>(data);
+    record_of::<TargetState>(data);
+    let _ = serde_json::from_slice::<record::Progress>(data);
+}
+
+/// A report that is taken can be drawn, and nothing that it says becomes a tag.
+pub fn report(data: &[u8]) {
+    let Ok(report) = report_file::parse(data) else { return };
+    let page = html::page(&report, None);
+    let again = serde_json::to_vec(&report).unwrap();
+    assert!(report_file::parse(&again).is_ok());
+    assert!(!page.contains("<script") && !page.contains("NaN"), "a report became more than text");
+    let _ = html::page(&report, Some(&report));
+}
+
+/// Settings of both programs.
+pub fn configuration(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(configuration) = Configuration::parse(Path::new("migrator.toml"), text) {
+        let _ = configuration.limit(None);
+    }
+    if let Ok(config) = Config::parse(Path::new("guest-probe.toml"), text) {
+        assert!(config.check().is_ok());
+        assert!(config.options().ring_bytes.is_power_of_two());
+        let _ = (config.choice(), config.detach_after());
+    }
+    if let Ok(rate) = text.parse::<Rate>() {
+        assert_eq!(rate.to_string().parse(), Ok(rate));
+    }
+}
+
+/// An entry that is taken has its offsets where fields can be.
+pub fn catalogue(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(catalogue) = Catalogue::parse(text) else { return };
+    for build in catalogue.builds() {
+        assert!(catalogue.find(&build.build_id).is_ok());
+        let layout = build.event_layout(1);
+        assert_eq!(layout.block_frame as usize, build.block.frame);
+        assert!(build.space_bytes() >= build.space.id + 4);
+        let again = build.to_toml().unwrap();
+        assert_eq!(Catalogue::parse(&again).unwrap().builds(), std::slice::from_ref(build));
+    }
+}
