@@ -19,8 +19,10 @@ fn every_line_means_something() {
     let dir = tempfile::tempdir().unwrap();
     let copy = dir.path().join("guest-probe.service");
     // Where the program is not installed, nothing else is to be complained about.
-    let text = fs::read_to_string(UNIT).unwrap().replace("/usr/local/sbin/guest-probe", "/bin/true");
-    fs::write(&copy, text).unwrap();
+    let unit = fs::read_to_string(UNIT).unwrap();
+    let started = unit.lines().find_map(|line| line.strip_prefix("ExecStart=")).unwrap();
+    let program = started.split(' ').next().unwrap();
+    fs::write(&copy, unit.replace(program, "/bin/true")).unwrap();
     let output = systemd_analyze(&["verify", "--man=no", copy.to_str().unwrap()]);
     let words = String::from_utf8_lossy(&output.stderr);
     // It may complain about units of this machine.
