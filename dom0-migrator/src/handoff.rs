@@ -89,6 +89,9 @@ pub struct Order {
     /// Source: the request by which the guest was asked for its lists already, so that it makes them while xl starts.
     #[serde(default)]
     pub asked: Option<u64>,
+    /// Source: whether to look at the log of dirty pages during a pass, and leave pages that are marked again for a later one.
+    #[serde(default)]
+    pub peek: bool,
 }
 
 /// What a helper says.

@@ -30,6 +30,9 @@ pub struct SaveReport {
     pub rounds: u32,
     /// Pages whose content went over the network, those compared in the end not counted.
     pub pages_sent: u64,
+    /// Pages that were left for a later pass, each time, since they were written to again before they were sent.
+    #[serde(default)]
+    pub pages_left_out: u64,
     /// Zero pages that went as markers.
     pub pages_zero: u64,
     /// Pages that went by reference.
@@ -65,6 +68,7 @@ impl SaveReport {
         let stats = &summary.stats;
         self.rounds = stats.rounds;
         self.pages_sent = stats.pages_raw + stats.references_refused + stats.references_replaced;
+        self.pages_left_out = stats.pages_left_out;
         self.pages_zero = stats.pages_zero;
         self.pages_referenced = stats.pages_referenced;
         self.pages_accepted = stats.references_accepted;

@@ -47,6 +47,9 @@ pub struct SourceSample {
     pub window_pages: u64,
     /// Time spent hashing so far.
     pub hashing_seconds: f64,
+    /// Pages left for a later pass, each time.
+    #[serde(default)]
+    pub pages_left_out: u64,
 }
 
 impl SourceSample {
@@ -62,6 +65,7 @@ impl SourceSample {
             bytes_references: stats.bytes_references,
             bytes_markers: stats.bytes_markers,
             window_pages: stats.references_outstanding,
+            pages_left_out: stats.pages_left_out,
             hashing_seconds: milliseconds(stats.hashing_seconds),
         }
     }

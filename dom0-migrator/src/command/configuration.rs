@@ -39,6 +39,8 @@ pub struct Configuration {
     pub compress: Compression,
     /// Seconds that the guest may take to publish its lists.
     pub wait_lists: u64,
+    /// Whether the log of dirty pages is looked at during a pass, and pages that are marked again are left for a later one.
+    pub peek: bool,
 }
 
 impl Default for Configuration {
@@ -52,6 +54,7 @@ impl Default for Configuration {
             connections: 4,
             compress: Compression::Off,
             wait_lists: 30,
+            peek: true,
         }
     }
 }

@@ -154,6 +154,12 @@ fn running(labels: &str, status: &Status) -> String {
             "Pages by the way that they went, each time.",
             &source.ways,
         );
+        out.one(
+            "migration_pages_left_total",
+            "counter",
+            "Pages left for a later pass, each time, since they were written to again before they were sent.",
+            source.pages_left_out as f64,
+        );
         let classes = [
             ("page_data", source.bytes_page_data),
             ("references", source.bytes_references),

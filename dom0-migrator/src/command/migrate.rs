@@ -194,6 +194,7 @@ fn migrate(
         debug: options.debug,
         limits: Limits { max_downtime_ms: options.max_downtime, on_stall: options.on_stall },
         asked: asked.as_ref().map(|asked| asked.request),
+        peek: configuration.peek && !options.no_peek,
         ..Order::default()
     };
     serve(&listener, &link, order, tell).map_err(system("handoff"))?;

@@ -165,6 +165,10 @@ pub struct Migrate {
     /// Send every page that is not zero: ask the guest for nothing.
     #[arg(long)]
     pub no_references: bool,
+    /// Send a page though the log of dirty pages has marked it again, so that it will be sent once more: do not look at the log during a
+    /// pass.
+    #[arg(long)]
+    pub no_peek: bool,
     /// Run libxl's own helper on both sides, over the same connections, to compare with.
     #[arg(long)]
     pub stock: bool,

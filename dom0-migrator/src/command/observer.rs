@@ -241,6 +241,10 @@ fn settings(options: &Migrate) -> BTreeMap<String, String> {
     let yes_or_no = |yes: bool| if yes { "yes" } else { "no" }.to_owned();
     BTreeMap::from([
         ("references".into(), yes_or_no(!options.no_references && !options.stock)),
+        (
+            "the log of dirty pages looked at".into(),
+            if options.no_peek || options.stock { "no" } else { "as configured" }.into(),
+        ),
         ("all memory compared at the end".into(), yes_or_no(options.debug)),
         (
             "patience for the guest's lists".into(),

@@ -66,6 +66,8 @@ pub struct Summary {
     pub rounds: Option<u32>,
     /// Pages whose content went over the network, once each time; those sent to be compared not counted.
     pub pages_sent: Option<u64>,
+    /// Pages that were left for a later pass, each time, since they were written to again before they were sent.
+    pub pages_left_out: Option<u64>,
     /// Zero pages that went as markers.
     pub pages_zero: Option<u64>,
     /// Pages that went by reference.
@@ -155,6 +157,7 @@ impl Summary {
             stream,
             rounds: save.map(|save| save.rounds).or(passed.map(|passed| passed.rounds)),
             pages_sent: saved(|save| save.pages_sent).or(passed.map(|passed| passed.sent)),
+            pages_left_out: saved(|save| save.pages_left_out),
             pages_zero: saved(|save| save.pages_zero),
             pages_referenced: saved(|save| save.pages_referenced),
             pages_accepted: saved(|save| save.pages_accepted),
@@ -214,6 +217,9 @@ impl fmt::Display for Summary {
         }
         row("passes", count(self.rounds.map(u64::from)))?;
         row("pages sent", count(self.pages_sent))?;
+        if let Some(left @ 1..) = self.pages_left_out {
+            row("  left for later", left.to_string())?;
+        }
         row("zero pages", count(self.pages_zero))?;
         row("by reference", count(self.pages_referenced))?;
         row("  loaded", count(self.pages_accepted))?;

@@ -33,6 +33,16 @@ pub enum EngineError {
         /// What is wrong with it.
         problem: StreamProblem,
     },
+    /// Pages were left for a later pass and did not come in one: somebody else has cleared the log of dirty pages.
+    #[error(
+        "{pages} pages that were left for a later pass did not come (the first is PFN {first:#x}): the log of dirty pages is cleared by somebody else; try again with --no-peek"
+    )]
+    LeftOut {
+        /// How many.
+        pages: u64,
+        /// The first of them.
+        first: u64,
+    },
     /// The two headers at the start of the stream.
     #[error("stream header: {0}")]
     Header(HeaderProblem),

@@ -36,6 +36,7 @@
 
 mod config;
 mod descriptor;
+mod dirty_log;
 pub mod disk;
 mod error;
 #[cfg(test)]
@@ -62,10 +63,11 @@ pub mod xen_stream;
 mod tests;
 
 pub use config::{Config, DiskName};
+pub use dirty_log::DirtyLog;
 pub use error::{EngineError, HeaderProblem, SideError, StreamProblem};
 pub use late_writes::LateWrites;
 pub use reference_map::{MapError, Place, ReferenceMap};
-pub use source::{SourceFilter, SourceParts};
+pub use source::{Looks, PassLooks, SourceFilter, SourceParts};
 pub use summary::{
     DiskSummary, DrainReport, RefusalCounts, SourceStats, SourceSummary, TargetStats, TargetSummary,
 };

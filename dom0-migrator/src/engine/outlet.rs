@@ -221,6 +221,25 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
         self.enqueue(parcel, |epoch| &mut epoch.first)
     }
 
+    /// Lets `revise` change what waits behind the last fence and was not sent first, one parcel after the other, the last one first. The bytes by which
+    /// they became shorter.
+    pub fn revise(&self, mut revise: impl FnMut(&mut Parcel<B, T>)) -> u64 {
+        let (mut behind, mut less) = (0, 0);
+        loop {
+            // Whoever writes need not wait for long: it is let in between two parcels. It takes them from the front, and nobody else sends.
+            let mut waiting = self.shared.lock();
+            let Some(last) = waiting.last() else { return less };
+            let Some(at) = last.rest.len().checked_sub(1 + behind) else { return less };
+            let Some(parcel) = last.rest.get_mut(at) else { return less };
+            let before = parcel.length();
+            revise(parcel);
+            let gone = before.saturating_sub(parcel.length());
+            self.shared.backlog.fetch_sub(gone, Ordering::AcqRel);
+            less += gone;
+            behind += 1;
+        }
+    }
+
     fn enqueue(
         &self,
         parcel: Parcel<B, T>,

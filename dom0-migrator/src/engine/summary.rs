@@ -30,6 +30,8 @@ pub struct SourceStats {
     pub pages_referenced: u64,
     /// Entries with data in passes after the first: the page was written to meanwhile.
     pub pages_resent: u64,
+    /// Of those that came in: left out, since the log of dirty pages had marked them again; they came once more in a later pass.
+    pub pages_left_out: u64,
     /// Of the raw ones: page tables, which always go raw.
     pub pages_page_table: u64,
     /// Entries without data (unpopulated, broken).

@@ -115,6 +115,26 @@ impl WayCounts {
         *counter = counter.saturating_add(pages);
     }
 
+    /// Takes pages back that were counted, and did not go.
+    pub fn take_back(&mut self, way: Way, pages: u64) {
+        let left = self.get(way).saturating_sub(pages);
+        let counter = match way {
+            Way::Raw => &mut self.raw,
+            Way::Resent => &mut self.resent,
+            Way::PageTable => &mut self.page_table,
+            // The others are sent at once.
+            _ => return,
+        };
+        *counter = left;
+    }
+
+    /// Goes down nowhere from what was there before.
+    pub fn keep(&mut self, before: &Self) {
+        self.raw = self.raw.max(before.raw);
+        self.resent = self.resent.max(before.resent);
+        self.page_table = self.page_table.max(before.page_table);
+    }
+
     /// Pages of one way.
     pub fn get(&self, way: Way) -> u64 {
         match way {
@@ -164,6 +184,11 @@ impl Travel {
             };
             self.span(entry.pfn, 1, way);
         }
+    }
+
+    /// A page was noted to go this way, and does not.
+    pub fn take_back(&mut self, way: Way) {
+        self.counts.take_back(way, 1);
     }
 
     /// Pages by way, each time that they went.

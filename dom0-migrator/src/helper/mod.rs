@@ -128,7 +128,7 @@ fn complete(channel: &Channel, result: &Result<(), HelperError>) -> Result<(), C
 
 /// The libraries of the running Xen, opened.
 pub(crate) struct Libraries {
-    pub(crate) control: Control,
+    pub(crate) control: Arc<Control>,
     pub(crate) guest: Guest,
 }
 
@@ -136,7 +136,7 @@ impl Libraries {
     pub(crate) fn open(sink: Arc<dyn Sink>) -> Result<Self, HelperError> {
         let release = Release::running()?;
         let guest = Guest::load(release, release.restore_abi()?)?;
-        Ok(Self { control: Control::open(release, Logger::new(sink))?, guest })
+        Ok(Self { control: Arc::new(Control::open(release, Logger::new(sink))?), guest })
     }
 }
 

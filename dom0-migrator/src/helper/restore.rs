@@ -28,6 +28,7 @@ const ALONE: Order = Order {
     own_disks: Vec::new(),
     limits: Limits::DEFAULT,
     asked: None,
+    peek: false,
 };
 
 /// How long a filter may take to end once the library has.

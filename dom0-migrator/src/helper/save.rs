@@ -1,7 +1,7 @@
 //! The source's helper.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use enlightenment::Pfn;
@@ -15,12 +15,13 @@ use super::sampling::SaveSampling;
 use super::stream::{LibraryEnd, Terminated};
 use super::{HelperError, Libraries, complete, take_descriptor};
 use crate::disks;
-use crate::engine::{Config, ReferenceMap, SourceFilter, SourceParts};
+use crate::engine::{Config, DirtyLog, Looks, ReferenceMap, SourceFilter, SourceParts};
 use crate::handoff::{Event, Order, Peer, Role};
 use crate::lists::{self, Requester};
 use crate::report::SaveReport;
 use crate::timeline::Moment;
 use crate::xen::DomainId;
+use crate::xen::dirty_log::DomainLog;
 use crate::xen::guest::{Precopy, PrecopyStats, SaveCallbacks};
 use crate::xen::logger::{Level, Sink};
 use crate::xenstore::Xenstore;
@@ -35,13 +36,19 @@ const ALONE: Order = Order {
     own_disks: Vec::new(),
     limits: Limits::DEFAULT,
     asked: None,
+    peek: false,
 };
 
+/// `XCFLAGS_LIVE`: memory is sent while the domain runs, so there is a log of dirty pages.
+const SAVE_LIVE: u32 = 1 << 0;
 /// `XCFLAGS_DEBUG`: all pages are sent again at the end, and compared.
 const SAVE_DEBUG: u32 = 1 << 1;
 
 /// How often to look whether the end was asked for while waiting for something else.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+
+/// The shortest wait between two of these.
+const SHORT_WAIT: Duration = Duration::from_millis(1);
 
 /// How long a filter may take to end after a save that failed; its way to the target may be blocked.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -85,15 +92,22 @@ fn save(
         None => (ALONE, None),
     };
     let round = Arc::new(AtomicU32::new(0));
-    let sink = Arc::new(Progress { channel: channel.clone(), peer: peer.cloned(), round: round.clone() });
-    let libraries = Libraries::open(sink)?;
+    let sink = Arc::new(Progress {
+        channel: channel.clone(),
+        peer: peer.cloned(),
+        round: round.clone(),
+        looks: OnceLock::new(),
+    });
+    let libraries = Libraries::open(sink.clone())?;
     let mut hints = Hints::take(domain, &order, side.is_some(), &libraries, channel, peer, report);
+    let peek = order.peek && side.is_some() && arguments.flags & SAVE_LIVE != 0;
     let engine = SourceFilter::start(SourceParts {
         from_save: filter_end,
         to_wire: wire,
         side,
         map: hints.map.take().unwrap_or_else(|| ReferenceMap::new(Pfn(0))),
         disks: std::mem::take(&mut hints.disks),
+        log: peek.then(|| open_log(&libraries, domain, channel)).flatten(),
         config: Config {
             references: order.references,
             compare: arguments.flags & SAVE_DEBUG != 0,
@@ -101,10 +115,15 @@ fn save(
         },
     })?;
     hints.tell(RequestKind::Begun);
+    let looks = engine.looks();
+    if let Some(looks) = &looks {
+        // It is set here alone.
+        let _ = sink.looks.set(Arc::downgrade(looks));
+    }
     let sampling = SaveSampling::start(started, peer, &engine);
     let policy = Policy::new(order.limits);
     let (channel, terminator, began) = (channel.clone(), terminated.clone(), Instant::now());
-    let mut saver = Saver { channel, engine, sampling, terminated: terminator, round, policy, began };
+    let mut saver = Saver { channel, engine, looks, sampling, terminated: terminator, round, policy, began };
     let saved =
         libraries.guest.save(&libraries.control, library_end.as_fd(), domain, arguments.flags, &mut saver);
     // The end of the stream for the filter; the thread that waits for SIGTERM keeps a copy, so it is said aloud.
@@ -128,6 +147,17 @@ fn save(
         hints.tell(RequestKind::Ended);
     }
     result
+}
+
+/// The domain's log of dirty pages, to look at. Without it the migration goes on.
+fn open_log(libraries: &Libraries, domain: DomainId, channel: &Channel) -> Option<Arc<dyn DirtyLog>> {
+    match DomainLog::new(&libraries.control, domain) {
+        Ok(log) => Some(Arc::new(log)),
+        Err(error) => {
+            channel.log(Level::WARN, &format!("{error}; no page is left for a later pass"));
+            None
+        }
+    }
 }
 
 /// Whether a filter failed only because the library stopped writing.
@@ -229,6 +259,7 @@ impl Hints {
 struct Saver {
     channel: Arc<Channel>,
     engine: SourceFilter,
+    looks: Option<Arc<Looks>>,
     sampling: SaveSampling,
     terminated: Terminated,
     round: Arc<AtomicU32>,
@@ -244,15 +275,27 @@ impl Saver {
         self.sampling.mark(Moment::Round { number: round.saturating_add(1), pages });
     }
 
-    /// Waits until the wire has taken what libxenguest has written. False: it never will, or the end was asked for.
+    /// Waits until the wire has taken what libxenguest has written; what is marked again meanwhile need not go. False: it never will, or the end was
+    /// asked for.
     fn catch_up(&self) -> bool {
         let caught_up = self.engine.catch_up();
         loop {
-            match caught_up.recv_timeout(LOOK_AGAIN) {
+            let patience = self.looks.as_ref().and_then(|looks| looks.patience());
+            match caught_up.recv_timeout(patience.unwrap_or(LOOK_AGAIN).clamp(SHORT_WAIT, LOOK_AGAIN)) {
                 Ok(()) => return true,
                 Err(error) if error.is_timeout() && !self.terminated.get() => {}
                 Err(_) => return false,
             }
+            if let Some(looks) = &self.looks {
+                looks.look_if_due();
+            }
+        }
+    }
+
+    /// Says what the looks of the pass that ends were.
+    fn tell_looks(&self) {
+        if let Some(looks) = self.looks.as_ref().and_then(|looks| looks.of_pass()) {
+            self.channel.log(Level::INFO, &looks.to_string());
         }
     }
 }
@@ -261,6 +304,11 @@ impl SaveCallbacks for Saver {
     fn suspend(&mut self) -> i32 {
         // The last pass before it may still lie in buffers on the way: it goes while the domain runs. No reference is outstanding, so
         // this waits for the wire alone.
+        if !self.catch_up() {
+            return 0;
+        }
+        self.tell_looks();
+        self.engine.suspending();
         if self.engine.drain().is_err() {
             return 0;
         }
@@ -281,8 +329,11 @@ impl SaveCallbacks for Saver {
             return Precopy::Abort;
         }
         // After a pass: what is still on its way would be marked again by the time it is sent.
-        if stats.dirty_count < 0 && !self.catch_up() {
-            return Precopy::Abort;
+        if stats.dirty_count < 0 {
+            if !self.catch_up() {
+                return Precopy::Abort;
+            }
+            self.tell_looks();
         }
         let bytes_sent = self.engine.stats().bytes_out;
         let decision = self.policy.decide(Observed::new(stats, bytes_sent, self.began.elapsed()));
@@ -327,6 +378,7 @@ struct Progress {
     channel: Arc<Channel>,
     peer: Option<Arc<Peer>>,
     round: Arc<AtomicU32>,
+    looks: OnceLock<Weak<Looks>>,
 }
 
 impl Sink for Progress {
@@ -336,6 +388,10 @@ impl Sink for Progress {
 
     fn progress(&self, context: &str, doing: &str, done: u64, total: u64) {
         self.channel.progress(context, doing, done, total);
+        // libxenguest calls this every 4 MiB of a pass, on its own thread: no other operation on the log is under way.
+        if let Some(looks) = self.looks.get().and_then(Weak::upgrade) {
+            looks.look_if_due();
+        }
         if let Some(peer) = &self.peer {
             let round = self.round.load(Ordering::Relaxed);
             let _ = peer.tell(&Event::Progress { round, done, total });

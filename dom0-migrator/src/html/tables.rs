@@ -37,6 +37,7 @@ pub fn lists(report: &ReportFile) -> Markup {
         number("refused: no such disk", "/source/refused/unknown_disk"),
         number("overtaken by a newer copy", "/pages_superseded"),
         number("not settled in time", "/pages_replaced"),
+        number("Left for a later pass, written to again", "/source/pages_left_out"),
         number("Listed, but sent: the window was full", "/source/pages_window_full"),
         number("Listed, but sent: the target has not that disk", "/source/pages_disk_missing"),
     ];

@@ -5,6 +5,7 @@
 //! ([`release`]), and the differences that matter are handled in one place ([`guest`]). libxenforeignmemory has a stable ABI.
 
 pub mod control;
+pub mod dirty_log;
 pub mod foreign;
 pub mod guest;
 pub mod library;

@@ -19,12 +19,16 @@ use std::time::Duration;
 use crossbeam_channel::{Sender, after, never, select_biased};
 
 use super::filter::{Filter, Mode};
+use super::plan::way;
 use super::work::{Class, Record};
+use crate::engine::dirty_log::Look;
 use crate::engine::error::EngineError;
-use crate::engine::memory_record::SpanKind;
+use crate::engine::memory_record::{Span, SpanKind};
 use crate::engine::outlet::{Body, Parcel, Piece};
 use crate::engine::pool::Buffer;
-use crate::engine::xen_stream::{PAGE, PAGE_DATA_HEAD, PageData, RecordHeader, XALLOC, record};
+use crate::engine::xen_stream::{
+    Entry, PAGE, PAGE_DATA_HEAD, PageData, RecordHeader, XALLOC, has_data, is_page_table, record,
+};
 
 /// Bytes that may still wait for the wire when it counts as having caught up: what it sends until libxenguest has begun the next pass.
 const CAUGHT_UP: u64 = 1 << 20;
@@ -38,15 +42,74 @@ pub(super) enum Pages {
     Record(Buffer),
     /// In a copy.
     Copy(Vec<u8>),
+    /// In a copy, from which one may still be left out.
+    Waiting(WaitingPages),
 }
 
 impl Body for Pages {
     fn part(&self, number: usize) -> &[u8] {
         match self {
             Self::Record(buffer) => buffer.part(number),
-            Self::Copy(bytes) if number == 0 => bytes,
-            Self::Copy(_) => &[],
+            Self::Copy(bytes) | Self::Waiting(WaitingPages { bytes, .. }) if number == 0 => bytes,
+            Self::Copy(_) | Self::Waiting(_) => &[],
         }
+    }
+}
+
+/// Raw pages that wait, as a record of their own.
+#[derive(Debug)]
+pub(super) struct WaitingPages {
+    /// What the record says of each; the pages of those that have data follow each other in `bytes`.
+    entries: Vec<Entry>,
+    bytes: Vec<u8>,
+    /// Whether the target is to have memory for a page that is left out.
+    keep_places: bool,
+    /// Whether they were written to since they were sent first.
+    again: bool,
+}
+
+impl WaitingPages {
+    fn into_parcel(self) -> Parcel<Pages, Sender<()>> {
+        let (head, pieces) = self.head();
+        Parcel { head, pieces, body: Some(Pages::Waiting(self)), then: None }
+    }
+
+    /// The record's bytes before the pages, and where these lie. Nothing of a record without entries.
+    fn head(&self) -> (Vec<u8>, Vec<Piece>) {
+        if self.entries.is_empty() {
+            return (Vec::new(), Vec::new());
+        }
+        let length = PAGE_DATA_HEAD + self.entries.len() * 8 + self.bytes.len();
+        let mut head = RecordHeader::bytes(record::PAGE_DATA, length).to_vec();
+        head.extend_from_slice(&(self.entries.len() as u64).to_le_bytes());
+        head.extend(self.entries.iter().flat_map(|entry| entry.word().to_le_bytes()));
+        (head, vec![Piece::Body { part: 0, range: 0..self.bytes.len() }])
+    }
+
+    /// Leaves pages out, and tells `left` of each.
+    fn leave_out(&mut self, may_leave: impl Fn(u64) -> bool, mut left: impl FnMut(Entry)) {
+        let leaves = |entry: &Entry| has_data(entry.page_type) && may_leave(entry.pfn);
+        if !self.entries.iter().any(leaves) {
+            return;
+        }
+        let (mut entries, mut at, mut end) = (Vec::with_capacity(self.entries.len()), 0, 0);
+        for &entry in &self.entries {
+            let length = if has_data(entry.page_type) { PAGE } else { 0 };
+            if leaves(&entry) {
+                left(entry);
+                if self.keep_places {
+                    entries.push(Entry { page_type: XALLOC, ..entry });
+                }
+            } else {
+                self.bytes.copy_within(at..at + length, end);
+                end += length;
+                entries.push(entry);
+            }
+            at += length;
+        }
+        self.bytes.truncate(end);
+        self.bytes.shrink_to_fit();
+        self.entries = entries;
     }
 }
 
@@ -115,10 +178,15 @@ impl Filter {
 
     /// Waits until the target has said something, or the wire has taken something.
     fn wait_for_change(&mut self) -> Result<(), EngineError> {
+        let looks = self.looks.clone();
         let events = self.side.as_ref().map_or_else(never, |side| side.events.clone());
         select_biased! {
             recv(events) -> event => self.handle_side_event(event.unwrap_or_else(|_| super::filter::side_is_gone())),
             recv(self.outlet.gone) -> _ => Err(EngineError::Gone),
+            recv(looks) -> look => {
+                self.see(look.ok());
+                Ok(())
+            }
             recv(self.outlet.progress) -> _ => Ok(()),
             recv(after(LOOK_AGAIN)) -> _ => Ok(()),
         }
@@ -136,26 +204,21 @@ impl Filter {
 
     /// Takes the raw pages out of the builder: a record of their own, PAGE_DATA, to be sent behind what waits already, and after the one of the
     /// other spans. These stay in the builder; for a PVH or HVM guest's first pass, so do the raw ones, as "allocate only".
-    pub(super) fn part(&mut self, record: &Record, raw_at: usize) -> Option<Parcel<Pages, Sender<()>>> {
-        let raw = self.builder.spans.iter().filter(|span| span.kind == SpanKind::Raw);
-        let raw: usize = raw.map(|span| span.count as usize).sum();
-        if raw == 0 {
+    pub(super) fn part(&mut self, record: &Record, raw: &[Piece]) -> Option<Parcel<Pages, Sender<()>>> {
+        let is_raw = |span: &&Span| span.kind == SpanKind::Raw;
+        let entries: Vec<Entry> =
+            self.builder.spans.iter().filter(is_raw).flat_map(|span| span.entries()).collect();
+        if entries.is_empty() {
             return None;
         }
-        let length = PAGE_DATA_HEAD + raw * (8 + PAGE);
-        let mut head = RecordHeader::bytes(record::PAGE_DATA, length).to_vec();
-        head.extend_from_slice(&(raw as u64).to_le_bytes());
-        let mut copy = Vec::with_capacity(raw * PAGE);
-        let mut at = raw_at;
-        for span in &self.builder.spans {
-            let pages = if span.kind == SpanKind::NoData { 0 } else { span.count as usize };
-            if span.kind == SpanKind::Raw {
-                head.extend(span.entries().flat_map(|entry| entry.word().to_le_bytes()));
-                copy.extend_from_slice(record.body.get(at..at + pages * PAGE).unwrap_or_default());
+        let mut bytes = Vec::with_capacity(entries.len() * PAGE);
+        for piece in raw {
+            if let Piece::Body { range, .. } = piece {
+                bytes.extend_from_slice(record.body.get(range.clone()).unwrap_or_default());
             }
-            at += pages * PAGE;
         }
-        if self.placeholders && record.pass == 1 {
+        let places_are_named = self.placeholders && record.pass == 1;
+        if places_are_named {
             // Newer versions of libxenguest build superpages out of PFNs that come in order in the first pass.
             for span in self.builder.spans.iter_mut().filter(|span| span.kind == SpanKind::Raw) {
                 (span.kind, span.first.page_type) = (SpanKind::NoData, XALLOC);
@@ -163,7 +226,49 @@ impl Filter {
         } else {
             self.builder.spans.retain(|span| span.kind != SpanKind::Raw);
         }
-        let pieces = vec![Piece::Body { part: 0, range: 0..copy.len() }];
-        Some(Parcel { head, pieces, body: Some(Pages::Copy(copy)), then: None })
+        let keep_places = record.pass == 1 && !places_are_named;
+        Some(WaitingPages { entries, bytes, keep_places, again: record.pass > 1 }.into_parcel())
+    }
+
+    /// A look at the log of dirty pages was taken: what waits and is marked again is left out, and so is what comes. None: there will be no more.
+    pub(super) fn see(&mut self, look: Option<Look>) {
+        let Some(look) = look else {
+            self.looks = never();
+            return;
+        };
+        if self.left_out.see(look) {
+            self.leave_out_what_waits();
+        }
+    }
+
+    /// Behind the last fence PFNs ascend, so nothing newer of these pages was sent, and that is all that one need know.
+    fn leave_out_what_waits(&mut self) {
+        let (left_out, stats, travel) = (&mut self.left_out, &mut self.stats, &mut self.travel);
+        let Some(look) = left_out.look() else { return };
+        let mut left = Vec::new();
+        let less = self.outlet.revise(|parcel| {
+            if let Some(Pages::Waiting(pages)) = &mut parcel.body {
+                let again = pages.again;
+                pages.leave_out(|pfn| look.is_marked(pfn), |entry| left.push((entry, again)));
+                (parcel.head, parcel.pieces) = pages.head();
+            }
+        });
+        self.bytes_sent -= less;
+        for (entry, again) in left {
+            left_out.leave(entry.pfn);
+            stats.pages_left_out += 1;
+            stats.pages_raw -= 1;
+            stats.bytes_page_data -= PAGE as u64;
+            stats.pages_page_table -= u64::from(is_page_table(entry.page_type));
+            travel.take_back(way(entry.page_type, again));
+        }
+    }
+
+    /// The memory ends: nothing may be missing.
+    pub(super) fn account_for_left_out(&self) -> Result<(), EngineError> {
+        match self.left_out.missing(self.placeholders) {
+            None => Ok(()),
+            Some((pages, first)) => Err(EngineError::LeftOut { pages, first }),
+        }
     }
 }

@@ -7,15 +7,17 @@ use crossbeam_channel::{Receiver, Sender, after, never, select_biased};
 
 use super::Request;
 use super::backlog::{Pages, SinceFence};
+use super::left_out::LeftOut;
 use super::settle::Drain;
 use super::side::{Side, SideEvent};
 use super::work::{Knowledge, Record, ToWorkers};
 use crate::engine::config::Config;
+use crate::engine::dirty_log::Look;
 use crate::engine::error::{EngineError, StreamProblem};
 use crate::engine::intake::{Arrived, Incoming, Intake};
 use crate::engine::late_writes::LastSent;
 use crate::engine::memory_record::{self, Builder};
-use crate::engine::outlet::{Outlet, Parcel};
+use crate::engine::outlet::{Outlet, Parcel, Piece};
 use crate::engine::pool::Pool;
 use crate::engine::summary::{DrainReport, SourceStats};
 use crate::engine::travel::Travel;
@@ -55,6 +57,11 @@ pub(super) struct Filter {
     /// Who waits until the wire has caught up.
     pub(super) catching_up: Option<Sender<()>>,
     pub(super) since_fence: SinceFence,
+    /// Looks at the log of dirty pages, as they are taken.
+    pub(super) looks: Receiver<Look>,
+    pub(super) left_out: LeftOut,
+    /// Where the raw pages of the record that was planned lie in its body.
+    pub(super) raw: Vec<Piece>,
     /// Whether PFNs are to be named in order, their pages present or not: for PVH and HVM guests.
     pub(super) placeholders: bool,
     /// Number of the last sync record sent, and of the last one answered.
@@ -90,6 +97,10 @@ impl Filter {
                     continue;
                 }
                 recv(self.outlet.gone) -> _ => return Err(EngineError::Gone),
+                recv(self.looks) -> look => {
+                    self.see(look.ok());
+                    continue;
+                }
                 recv(self.arrived) -> arrived => arrived.map_err(|_| EngineError::Panicked)?,
                 recv(timeout) -> _ => continue,
                 recv(progress) -> _ => continue,
@@ -98,7 +109,7 @@ impl Filter {
             match arrived.what {
                 Incoming::Headers(headers) => {
                     self.placeholders = domain_type(&headers) == DOMAIN_HVM;
-                    self.send(Parcel::bytes(headers.to_vec()))?;
+                    self.send_alone(Parcel::bytes(headers.to_vec()))?;
                 }
                 Incoming::Request(request) => self.handle_request(request),
                 Incoming::Record(ticket) => {
@@ -144,15 +155,25 @@ impl Filter {
         self.stats.bytes_other = self.bytes_sent.saturating_sub(classes);
         self.stats.references_outstanding = self.window.outstanding() as u64;
         self.stats.ways = self.travel.counts();
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&self.stats);
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = (shared.bytes_page_data, shared.ways);
+        shared.clone_from(&self.stats);
+        // What is counted when it is sent off may be left out while it waits. A counter that others look at does not go down.
+        shared.bytes_page_data = shared.bytes_page_data.max(before.0);
+        shared.ways.keep(&before.1);
     }
 
     fn handle_request(&mut self, request: Request) {
         match request {
             Request::Round(iteration) => {
                 self.stats.rounds = self.stats.rounds.max(iteration.saturating_add(1));
+                self.left_out.enter(iteration);
             }
-            Request::Suspended => self.may_refer = false,
+            Request::Suspending => self.left_out.end(),
+            Request::Suspended => {
+                self.may_refer = false;
+                self.left_out.end();
+            }
             Request::CatchUp(reply) => self.catching_up = Some(reply),
             Request::Drain(reply) => {
                 self.may_refer = false;
@@ -183,6 +204,9 @@ impl Filter {
             return Err(header.error(StreamProblem::Unknown));
         }
         self.settle()?;
+        if self.left_out.is_over() || matches!(kind, record::VERIFY | record::END) {
+            self.account_for_left_out()?;
+        }
         if self.mode == Mode::Verify {
             self.tell_late_writes()?;
         }
@@ -230,7 +254,8 @@ impl Filter {
         if self.mode == Mode::Filter {
             let refer = self.may_refer && may_part && record.pass <= self.config.reference_passes;
             self.wait_for_room(&record, refer)?;
-            if self.plan(&pages, &record, refer) {
+            // What has to wait is parted too, so that it may still be left out.
+            if self.plan(&pages, &record, refer, may_part) || (may_part && self.is_behind()) {
                 return self.send_memory_record(record, may_part);
             }
         }

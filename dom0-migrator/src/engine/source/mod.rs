@@ -32,6 +32,8 @@
 
 mod backlog;
 mod filter;
+mod left_out;
+mod looks;
 mod plan;
 mod settle;
 mod side;
@@ -46,6 +48,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 
 use super::config::{Config, DiskName};
 use super::descriptor::{Input, Output, Ringer, bell};
+use super::dirty_log::DirtyLog;
 use super::error::EngineError;
 use super::intake::Intake;
 use super::late_writes::LastSent;
@@ -58,6 +61,8 @@ use super::summary::{DrainReport, SourceStats, SourceSummary};
 use super::window::Window;
 use backlog::SinceFence;
 use filter::{Filter, Mode};
+use left_out::LeftOut;
+pub use looks::{Looks, PassLooks};
 use side::Side;
 use work::{Knowledge, Pass, ToWorkers, Workers};
 
@@ -82,6 +87,8 @@ pub struct SourceParts {
     pub map: ReferenceMap,
     /// The domain's disks, as the target is to find them.
     pub disks: Vec<DiskName>,
+    /// The domain's log of dirty pages; without it no page is left for a later pass.
+    pub log: Option<Arc<dyn DirtyLog>>,
     /// Settings.
     pub config: Config,
 }
@@ -92,6 +99,7 @@ enum Request {
     Round(u32),
     CatchUp(Sender<()>),
     Drain(Sender<DrainReport>),
+    Suspending,
     Suspended,
 }
 
@@ -102,6 +110,7 @@ pub struct SourceFilter {
     ringer: Ringer,
     aborted: Arc<AtomicBool>,
     stats: Arc<Mutex<SourceStats>>,
+    looks: Option<Arc<Looks>>,
     thread: JoinHandle<Result<SourceSummary, EngineError>>,
 }
 
@@ -112,7 +121,7 @@ impl SourceFilter {
     /// # Errors
     /// [`EngineError::Start`] when threads or sockets cannot be had.
     pub fn start(parts: SourceParts) -> Result<Self, EngineError> {
-        let SourceParts { from_save, to_wire, side, mut map, disks, config } = parts;
+        let SourceParts { from_save, to_wire, side, mut map, disks, log, config } = parts;
         map.seal();
         #[cfg(test)]
         if let Some(disk) = disks.first() {
@@ -137,6 +146,12 @@ impl SourceFilter {
         });
         let window = Window::new(side.as_ref().map_or(0, |side| side.window_pages));
         let may_refer = side.is_some() && config.references;
+        // Without a target that knows us every byte goes as it is.
+        let log = log.filter(|_| side.is_some());
+        let (looks, taken) = log
+            .clone()
+            .map(|log| Looks::new(log, Arc::clone(&stats)))
+            .map_or((None, None), |(looks, taken)| (Some(Arc::new(looks)), Some(taken)));
         let knowledge = Arc::new(Knowledge {
             map,
             hasher: side.as_ref().map(|side| PageHasher::new(side.key)),
@@ -179,6 +194,9 @@ impl SourceFilter {
             drain: None,
             catching_up: None,
             since_fence: SinceFence::default(),
+            left_out: LeftOut::new(log, taken.as_ref().map(|taken| taken.spare.clone())),
+            looks: taken.map_or_else(crossbeam_channel::never, |taken| taken.looks),
+            raw: Vec::new(),
             placeholders: false,
             syncs: (0, 0),
             verdicts_heard: 0,
@@ -199,7 +217,7 @@ impl SourceFilter {
                 result.map(|(stats, travel)| SourceSummary { stats, travel, ..summary })
             })
             .map_err(EngineError::Start)?;
-        Ok(Self { requests, ringer, aborted, stats, thread })
+        Ok(Self { requests, ringer, aborted, stats, looks, thread })
     }
 
     fn ask(&self, request: Request) {
@@ -208,9 +226,17 @@ impl SourceFilter {
         self.ringer.ring();
     }
 
-    /// Tells that libxenguest begins a pass over memory (0 is the first).
+    /// Tells that libxenguest begins a pass over memory (0 is the first): the log was cleared for it, and nothing of it is written yet.
     pub fn enter_round(&self, iteration: u32) {
+        if let Some(looks) = &self.looks {
+            looks.enter(iteration);
+        }
         self.ask(Request::Round(iteration));
+    }
+
+    /// Looks at the log of dirty pages, if there is one: to be taken on libxenguest's thread.
+    pub fn looks(&self) -> Option<Arc<Looks>> {
+        self.looks.clone()
     }
 
     /// Call from libxenguest's thread, in the precopy policy, between two passes: has something in it once everything written so
@@ -233,6 +259,14 @@ impl SourceFilter {
         let (reply, report) = bounded(1);
         self.ask(Request::Drain(reply));
         report.recv().map_err(|_| EngineError::Gone)
+    }
+
+    /// Tells that the domain is to be suspended: no page is left for a later pass from here on.
+    pub fn suspending(&self) {
+        if let Some(looks) = &self.looks {
+            looks.end();
+        }
+        self.ask(Request::Suspending);
     }
 
     /// Tells that the domain is suspended: nothing goes by reference from here on, drained or not.

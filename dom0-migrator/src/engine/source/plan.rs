@@ -7,10 +7,12 @@ use super::filter::Filter;
 use super::work::{Class, Record};
 use crate::engine::error::EngineError;
 use crate::engine::memory_record::{self, Span, SpanKind};
-use crate::engine::outlet::{Parcel, Piece, add_range};
+use crate::engine::outlet::{Parcel, add_range};
 use crate::engine::reference_map::Place;
 use crate::engine::travel::Way;
-use crate::engine::xen_stream::{PAGE, PAGE_DATA_HEAD, PageData, RECORD_HEADER, RecordHeader, is_page_table};
+use crate::engine::xen_stream::{
+    Entry, PAGE, PAGE_DATA_HEAD, PageData, RECORD_HEADER, RecordHeader, XALLOC, is_page_table,
+};
 
 impl Filter {
     /// Decides for every entry how it goes, fills the builder, and keeps copies of the pages that go by reference. False: the
@@ -18,12 +20,28 @@ impl Filter {
     ///
     /// `refer`: pages may go by reference. Not those of a record that names PFNs out of order, perhaps twice, which libxenguest never does:
     /// the later entry would have to supersede the earlier one.
-    pub(super) fn plan(&mut self, pages: &PageData<'_>, record: &Record, refer: bool) -> bool {
+    ///
+    /// `leave`: pages may be left out; not those of such a record either.
+    pub(super) fn plan(&mut self, pages: &PageData<'_>, record: &Record, refer: bool, leave: bool) -> bool {
         self.builder.clear();
+        self.raw.clear();
         let refer = refer && self.may_refer;
         let mut hashes = record.hashes.iter();
-        let mut zeros = 0;
+        let (mut zeros, mut left) = (0, 0);
+        let mut at = record.header.length as usize - record_pages(record) * PAGE;
         for ((entry, page), class) in pages.pages_by_entry().zip(&record.classes) {
+            let here = at..at + page.map_or(0, |_| PAGE);
+            at = here.end;
+            let is_short = matches!(class, Class::NoData | Class::Zero);
+            if leave && !is_short && self.left_out.may_leave(entry.pfn) {
+                if matches!(class, Class::Hashed(_)) {
+                    hashes.next();
+                }
+                left += 1;
+                self.leave(entry, record.pass);
+                continue;
+            }
+            self.left_out.sent(entry.pfn);
             self.stats.references_superseded += u64::from(self.window.supersede(entry.pfn));
             let kind = match (*class, page) {
                 (Class::NoData, _) => SpanKind::NoData,
@@ -53,12 +71,27 @@ impl Filter {
                 }
                 (Class::Plain | Class::Listed(_) | Class::Hashed(_), _) => SpanKind::Raw,
             };
+            if kind == SpanKind::Raw {
+                add_range(&mut self.raw, 0, here);
+            }
             self.builder.push(entry, kind);
         }
+        self.stats.pages_left_out += left;
         self.stats.hashing_seconds += record.hashing_seconds;
         let peak = &mut self.stats.references_outstanding_peak;
         *peak = (*peak).max(self.window.outstanding() as u64);
-        zeros + self.builder.hashes.len() > 0 || self.builder.head_len() < PAGE_DATA_HEAD + 8 * pages.count()
+        zeros + self.builder.hashes.len() > 0
+            || left > 0
+            || self.builder.head_len() < PAGE_DATA_HEAD + 8 * pages.count()
+    }
+
+    /// Leaves a page out. In the first pass the target is to have memory for it all the same, in the order of PFNs; and later the domain stands still.
+    fn leave(&mut self, entry: Entry, pass: u32) {
+        self.left_out.leave(entry.pfn);
+        if pass == 1 {
+            self.stats.references_superseded += u64::from(self.window.supersede(entry.pfn));
+            self.builder.push(Entry { page_type: XALLOC, ..entry }, SpanKind::NoData);
+        }
     }
 
     /// The index in the hello of the disk that a place is on, if the target has opened it.
@@ -84,15 +117,13 @@ impl Filter {
 
     /// Sends what was planned; in two records when the wire is behind and the record may be parted.
     pub(super) fn send_memory_record(&mut self, record: Record, may_part: bool) -> Result<(), EngineError> {
-        let raw_at = record.header.length as usize - record_pages(&record) * PAGE;
-        let mut pieces: Vec<Piece> = Vec::new();
-        let (mut at, mut raw) = (raw_at, 0);
+        let mut pieces = std::mem::take(&mut self.raw);
+        let mut raw = 0;
         for span in &self.builder.spans {
             let count = span.count as usize;
-            self.travel.span(span.first.pfn, u64::from(span.count), way(span, record.pass > 1));
+            self.travel.span(span.first.pfn, u64::from(span.count), way_of(span, record.pass > 1));
             match span.kind {
                 SpanKind::Raw => {
-                    add_range(&mut pieces, 0, at..at + count * PAGE);
                     raw += count;
                     self.stats.pages_raw += count as u64;
                     if is_page_table(span.first.page_type) {
@@ -103,20 +134,16 @@ impl Filter {
                     self.stats.pages_zero += count as u64;
                     self.stats.bytes_markers += memory_record::SPAN as u64;
                 }
-                SpanKind::NoData => {
-                    self.stats.bytes_markers += memory_record::SPAN as u64;
-                    continue;
-                }
+                SpanKind::NoData => self.stats.bytes_markers += memory_record::SPAN as u64,
                 SpanKind::Reference { .. } => {
                     self.stats.pages_referenced += count as u64;
                     self.stats.bytes_references += (memory_record::SPAN + count * memory_record::HASH) as u64;
                 }
             }
-            at += count * PAGE;
         }
         self.stats.bytes_page_data += (raw * PAGE) as u64;
         let parted = may_part && self.is_behind();
-        let apart = if parted { self.part(&record, raw_at) } else { None };
+        let apart = if parted { self.part(&record, &pieces) } else { None };
         if parted {
             (pieces, raw) = (Vec::new(), 0);
         }
@@ -141,14 +168,21 @@ impl Filter {
 }
 
 /// The way that a span goes; `again`: in a pass after the first.
-fn way(span: &Span, again: bool) -> Way {
+fn way_of(span: &Span, again: bool) -> Way {
     match span.kind {
         SpanKind::NoData => Way::NoData,
         SpanKind::Zero => Way::Zero,
         SpanKind::Reference { .. } => Way::Referenced,
-        SpanKind::Raw if is_page_table(span.first.page_type) => Way::PageTable,
-        SpanKind::Raw if again => Way::Resent,
-        SpanKind::Raw => Way::Raw,
+        SpanKind::Raw => way(span.first.page_type, again),
+    }
+}
+
+/// The way of a page that goes as it is.
+pub(super) fn way(page_type: u8, again: bool) -> Way {
+    match page_type {
+        kind if is_page_table(kind) => Way::PageTable,
+        _ if again => Way::Resent,
+        _ => Way::Raw,
     }
 }
 

@@ -3,15 +3,18 @@
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use enlightenment::{ListKind, Pfn, Run, Vdev};
+use nix::sys::socket::{setsockopt, sockopt};
 
 use super::guest_stream::disk_page;
 use crate::engine::{
-    Config, DiskName, EngineError, ReferenceMap, SourceFilter, SourceParts, SourceSummary, TargetFilter,
-    TargetParts, TargetSummary,
+    Config, DirtyLog, DiskName, EngineError, ReferenceMap, SourceFilter, SourceParts, SourceSummary,
+    TargetFilter, TargetParts, TargetSummary,
 };
 
 pub const XVDA: u32 = 51712;
@@ -60,12 +63,33 @@ pub fn config() -> Config {
     }
 }
 
+/// Takes little at a time, and nothing while it is held.
+fn narrow(wire: (UnixStream, UnixStream), is_held: &Arc<AtomicBool>) -> (UnixStream, UnixStream) {
+    let (mut from, is_held) = (UnixStream::pair().unwrap(), Arc::clone(is_held));
+    setsockopt(&from.0, sockopt::SndBuf, &1).unwrap();
+    let (mut to, mut piece) = (wire.0, [0; 4096]);
+    std::thread::spawn(move || {
+        loop {
+            while is_held.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            let length = from.1.read(&mut piece).unwrap_or(0);
+            if length == 0 || to.write_all(&piece[..length]).is_err() {
+                return;
+            }
+        }
+    });
+    (from.0, wire.1)
+}
+
 /// Everything between a save and a restore.
 pub struct Pair {
     /// Where the save writes.
     pub save: UnixStream,
     pub source: SourceFilter,
     pub target: TargetFilter,
+    /// While it is true, nothing passes the wire.
+    pub is_held: Arc<AtomicBool>,
     /// The wire's two ends again, as libxl holds them beside its helper.
     wire: (UnixStream, UnixStream),
     /// The side channel's source end again, to cut it.
@@ -98,8 +122,21 @@ impl Pair {
         source_config: Config,
         target_config: Config,
     ) -> Self {
+        Self::with_log(map, disks, None, source_config, target_config)
+    }
+
+    /// With a log of dirty pages to look at.
+    pub fn with_log(
+        map: ReferenceMap,
+        disks: Vec<DiskName>,
+        log: Option<Arc<dyn DirtyLog>>,
+        source_config: Config,
+        target_config: Config,
+    ) -> Self {
         let [save, wire, restore, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
         let again = |stream: &UnixStream| stream.try_clone().unwrap();
+        let is_held = Arc::new(AtomicBool::new(false));
+        let wire = if log.is_some() { narrow(wire, &is_held) } else { wire };
         let kept = (again(&wire.0), again(&wire.1), again(&side.0));
         let target = TargetFilter::start(TargetParts {
             from_wire: OwnedFd::from(wire.1),
@@ -114,6 +151,7 @@ impl Pair {
             side: Some(OwnedFd::from(side.0)),
             map,
             disks,
+            log: log,
             config: source_config,
         })
         .unwrap();
@@ -121,6 +159,7 @@ impl Pair {
             save: save.0,
             source,
             target,
+            is_held,
             wire: (kept.0, kept.1),
             side: kept.2,
             restored: collect(restore.1),

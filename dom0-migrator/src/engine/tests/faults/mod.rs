@@ -259,6 +259,7 @@ impl Migration {
             side: Some(OwnedFd::from(side_near)),
             map: self.lists(),
             disks,
+            log: None,
             config: settings(),
         })?);
         if self.struck == (Phase::Plan, Fault::SourceHelperGone) {
