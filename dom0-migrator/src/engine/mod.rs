@@ -38,6 +38,7 @@ mod config;
 mod descriptor;
 mod dirty_log;
 pub mod disk;
+mod epochs;
 mod error;
 #[cfg(test)]
 pub(crate) mod fault;
@@ -55,12 +56,22 @@ mod source;
 mod summary;
 mod target;
 mod travel;
+mod waiting;
 mod watch;
 mod window;
 pub mod xen_stream;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+#[allow(clippy::duplicate_mod, reason = "it is the same source on purpose")]
+mod under_loom;
+
+/// The locks of what waits for the wire.
+mod sync {
+    pub use std::sync::atomic::{AtomicU64, Ordering};
+    pub use std::sync::{Condvar, Mutex, MutexGuard};
+}
 
 pub use config::{Config, DiskName};
 pub use dirty_log::DirtyLog;

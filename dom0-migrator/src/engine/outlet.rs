@@ -5,11 +5,10 @@
 //! has something to send while the filter thinks, what is short and urgent does not wait behind it, and the filter waits when
 //! the wire is too far behind: the parcels are bounded in number here, and in bytes by whoever sends them.
 
-use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -17,6 +16,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::descriptor::Output;
 use super::error::EngineError;
 use super::pool::Buffer;
+use super::waiting::{Gone, Length, Waiting};
 use super::xen_stream::{PAGE, ZERO_PAGE};
 
 /// Where a parcel's pages lie: in one part, or in several.
@@ -53,15 +53,6 @@ pub struct Parcel<B, T> {
 }
 
 impl<B: Body, T> Parcel<B, T> {
-    /// Bytes that will be written.
-    pub fn length(&self) -> u64 {
-        let of_one = |piece: &Piece| match piece {
-            Piece::Body { range, .. } => range.len(),
-            Piece::Zeros(pages) => pages * PAGE,
-        };
-        (self.head.len() + self.pieces.iter().map(of_one).sum::<usize>()) as u64
-    }
-
     /// Bytes alone.
     pub fn bytes(head: Vec<u8>) -> Self {
         Self { head, pieces: Vec::new(), body: None, then: None }
@@ -74,83 +65,28 @@ impl<B: Body, T> Parcel<B, T> {
     }
 }
 
-/// What is sent between two fences.
-#[derive(Debug)]
-struct Epoch<P> {
-    first: VecDeque<P>,
-    rest: VecDeque<P>,
-}
-
-impl<P> Default for Epoch<P> {
-    fn default() -> Self {
-        Self { first: VecDeque::new(), rest: VecDeque::new() }
-    }
-}
-
-/// What waits to be written.
-#[derive(Debug)]
-struct Waiting<P> {
-    /// Never empty; only the last one is sent to.
-    epochs: VecDeque<Epoch<P>>,
-    parcels: usize,
-    /// No more will be sent.
-    over: bool,
-    /// Nobody writes any more.
-    gone: bool,
-}
-
-impl<P> Waiting<P> {
-    fn new() -> Self {
-        Self { epochs: VecDeque::from([Epoch::default()]), parcels: 0, over: false, gone: false }
-    }
-
-    fn last(&mut self) -> Option<&mut Epoch<P>> {
-        self.epochs.back_mut()
-    }
-
-    fn fence(&mut self) {
-        if self.last().is_some_and(|last| !last.first.is_empty() || !last.rest.is_empty()) {
-            self.epochs.push_back(Epoch::default());
-        }
-    }
-
-    fn take(&mut self) -> Option<P> {
-        loop {
-            let epoch = self.epochs.front_mut()?;
-            if let Some(parcel) = epoch.first.pop_front().or_else(|| epoch.rest.pop_front()) {
-                self.parcels -= 1;
-                return Some(parcel);
-            }
-            if self.epochs.len() == 1 {
-                return None;
-            }
-            self.epochs.pop_front();
-        }
+impl<B: Body, T> Length for Parcel<B, T> {
+    fn length(&self) -> u64 {
+        let of_one = |piece: &Piece| match piece {
+            Piece::Body { range, .. } => range.len(),
+            Piece::Zeros(pages) => pages * PAGE,
+        };
+        (self.head.len() + self.pieces.iter().map(of_one).sum::<usize>()) as u64
     }
 }
 
 /// What the two threads share.
 #[derive(Debug)]
 struct Shared<P> {
-    waiting: Mutex<Waiting<P>>,
-    changed: Condvar,
-    /// Bytes of the parcels that wait, and of the one that is being written.
-    backlog: AtomicU64,
+    waiting: Waiting<P>,
     written: AtomicU64,
     abandoned: AtomicBool,
-}
-
-impl<P> Shared<P> {
-    fn lock(&self) -> MutexGuard<'_, Waiting<P>> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// The writing thread.
 #[derive(Debug)]
 pub struct Outlet<B, T> {
     shared: Arc<Shared<Parcel<B, T>>>,
-    behind: usize,
     /// Has something in it when the backlog has become less.
     pub progress: Receiver<()>,
     /// Disconnected when the thread has ended.
@@ -169,9 +105,7 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
         let (alive, gone) = bounded::<()>(0);
         let (tick, progress) = bounded(1);
         let shared = Arc::new(Shared {
-            waiting: Mutex::new(Waiting::new()),
-            changed: Condvar::new(),
-            backlog: AtomicU64::new(0),
+            waiting: Waiting::new(behind),
             written: AtomicU64::new(0),
             abandoned: AtomicBool::new(false),
         });
@@ -182,7 +116,7 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
             let _ending = Ending(&shared, alive);
             writer.run(say)
         })?;
-        Ok(Self { shared, behind: behind.max(1), progress, gone, thread })
+        Ok(Self { shared, progress, gone, thread })
     }
 
     /// Bytes written so far.
@@ -192,17 +126,17 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
 
     /// Bytes that were sent and are not written yet.
     pub fn backlog(&self) -> u64 {
-        self.shared.backlog.load(Ordering::Acquire)
+        self.shared.waiting.backlog()
     }
 
     /// Whether a parcel can be sent without waiting.
     pub fn has_room(&self) -> bool {
-        self.shared.lock().parcels < self.behind
+        self.shared.waiting.has_room()
     }
 
     /// What is sent from here on is written after all that was sent before.
     pub fn fence(&self) {
-        self.shared.lock().fence();
+        self.shared.waiting.fence();
     }
 
     /// Sends a parcel off; waits while too many are on their way.
@@ -210,7 +144,7 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
     /// # Errors
     /// [`EngineError::Gone`] when the thread has ended; [`end`](Self::end) tells why.
     pub fn send(&self, parcel: Parcel<B, T>) -> Result<(), EngineError> {
-        self.enqueue(parcel, |epoch| &mut epoch.rest)
+        self.shared.waiting.put(parcel, false).map_err(|Gone| EngineError::Gone)
     }
 
     /// The same for one that overtakes whatever was sent since the last fence, but for those that were sent first too.
@@ -218,48 +152,13 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
     /// # Errors
     /// As of [`send`](Self::send).
     pub fn send_first(&self, parcel: Parcel<B, T>) -> Result<(), EngineError> {
-        self.enqueue(parcel, |epoch| &mut epoch.first)
+        self.shared.waiting.put(parcel, true).map_err(|Gone| EngineError::Gone)
     }
 
     /// Lets `revise` change what waits behind the last fence and was not sent first, one parcel after the other, the last one first. The bytes by which
     /// they became shorter.
-    pub fn revise(&self, mut revise: impl FnMut(&mut Parcel<B, T>)) -> u64 {
-        let (mut behind, mut less) = (0, 0);
-        loop {
-            // Whoever writes need not wait for long: it is let in between two parcels. It takes them from the front, and nobody else sends.
-            let mut waiting = self.shared.lock();
-            let Some(last) = waiting.last() else { return less };
-            let Some(at) = last.rest.len().checked_sub(1 + behind) else { return less };
-            let Some(parcel) = last.rest.get_mut(at) else { return less };
-            let before = parcel.length();
-            revise(parcel);
-            let gone = before.saturating_sub(parcel.length());
-            self.shared.backlog.fetch_sub(gone, Ordering::AcqRel);
-            less += gone;
-            behind += 1;
-        }
-    }
-
-    fn enqueue(
-        &self,
-        parcel: Parcel<B, T>,
-        lane: impl FnOnce(&mut Epoch<Parcel<B, T>>) -> &mut VecDeque<Parcel<B, T>>,
-    ) -> Result<(), EngineError> {
-        let shared = &*self.shared;
-        let full = |waiting: &mut Waiting<_>| waiting.parcels >= self.behind && !waiting.gone;
-        let mut waiting =
-            shared.changed.wait_while(shared.lock(), full).unwrap_or_else(PoisonError::into_inner);
-        if waiting.gone {
-            return Err(EngineError::Gone);
-        }
-        shared.backlog.fetch_add(parcel.length(), Ordering::AcqRel);
-        waiting.parcels += 1;
-        if let Some(last) = waiting.last() {
-            lane(last).push_back(parcel);
-        }
-        drop(waiting);
-        shared.changed.notify_all();
-        Ok(())
+    pub fn revise(&self, revise: impl FnMut(&mut Parcel<B, T>)) -> u64 {
+        self.shared.waiting.revise(revise)
     }
 
     /// Ends it once all is written, or, when the filter has `failed`, after what it is writing. The output is closed then.
@@ -268,26 +167,20 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
     /// What ended the writing.
     pub fn end(self, failed: bool) -> Result<(), EngineError> {
         self.shared.abandoned.store(failed, Ordering::Relaxed);
-        self.shared.lock().over = true;
-        self.shared.changed.notify_all();
+        self.shared.waiting.end();
         self.thread.join().map_err(|_| EngineError::Panicked)?
     }
 }
 
 /// Says, when it is dropped, that nobody writes any more, and lets go of what waits.
-struct Ending<'a, P>(
+struct Ending<'a, P: Length>(
     &'a Shared<P>,
     #[expect(dead_code, reason = "dropping it is what it is for")] Sender<()>,
 );
 
-impl<P> Drop for Ending<'_, P> {
+impl<P: Length> Drop for Ending<'_, P> {
     fn drop(&mut self) {
-        let mut waiting = self.0.lock();
-        let left = std::mem::replace(&mut *waiting, Waiting::new());
-        waiting.gone = true;
-        drop(waiting);
-        self.0.changed.notify_all();
-        drop(left);
+        self.0.waiting.go();
     }
 }
 
@@ -299,7 +192,7 @@ struct Writer<B, T> {
 
 impl<B: Body, T> Writer<B, T> {
     fn run(mut self, mut say: impl FnMut(T)) -> Result<(), EngineError> {
-        while let Some(parcel) = self.next() {
+        while let Some(parcel) = self.shared.waiting.take() {
             if self.shared.abandoned.load(Ordering::Relaxed) {
                 return Ok(());
             }
@@ -322,30 +215,13 @@ impl<B: Body, T> Writer<B, T> {
             self.shared.written.store(self.output.bytes(), Ordering::Release);
             let then = parcel.then;
             drop(parcel.body);
-            self.shared.backlog.fetch_sub(length, Ordering::AcqRel);
+            self.shared.waiting.written(length);
             let _ = self.tick.try_send(());
             if let Some(then) = then {
                 say(then);
             }
         }
         Ok(())
-    }
-
-    /// Waits for the next parcel; `None` when there will be no more.
-    fn next(&self) -> Option<Parcel<B, T>> {
-        let shared = &*self.shared;
-        let mut waiting = shared.lock();
-        loop {
-            if let Some(parcel) = waiting.take() {
-                drop(waiting);
-                shared.changed.notify_all();
-                return Some(parcel);
-            }
-            if waiting.over {
-                return None;
-            }
-            waiting = shared.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
-        }
     }
 }
 
@@ -376,60 +252,6 @@ impl Body for Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    /// A thing that happens to a queue.
-    #[derive(Clone, Copy, Debug)]
-    enum Step {
-        Send,
-        SendFirst,
-        Fence,
-        Take,
-    }
-
-    proptest! {
-        /// Nothing passes a fence, nothing is lost, and each lane keeps its order.
-        #[test]
-        fn only_what_is_sent_first_overtakes_and_no_fence(
-            steps in proptest::collection::vec(
-                prop_oneof![Just(Step::Send), Just(Step::SendFirst), Just(Step::Fence), Just(Step::Take)],
-                0..80,
-            )
-        ) {
-            let mut waiting = Waiting::new();
-            // Each has its number and what it was sent as: fences before it, and whether it was sent first.
-            let (mut sent, mut fences) = (0, 0);
-            let (mut queued, mut taken): (Vec<(u32, u32, bool)>, Vec<_>) = (Vec::new(), Vec::new());
-            for step in steps.iter().copied().chain(std::iter::repeat_n(Step::Take, 80)) {
-                let parcel = (sent, fences, matches!(step, Step::SendFirst));
-                match step {
-                    Step::Fence => {
-                        waiting.fence();
-                        fences += 1;
-                        continue;
-                    }
-                    Step::Send => waiting.last().unwrap().rest.push_back(parcel),
-                    Step::SendFirst => waiting.last().unwrap().first.push_back(parcel),
-                    Step::Take => {
-                        // The model: the oldest of those sent first in the oldest epoch that has any, or else the oldest there.
-                        let epoch = queued.iter().map(|parcel| parcel.1).min();
-                        let mut there = queued.iter().filter(|parcel| Some(parcel.1) == epoch);
-                        let expected = there.clone().find(|parcel| parcel.2).or_else(|| there.next()).copied();
-                        let found = waiting.take();
-                        prop_assert_eq!(found, expected);
-                        queued.retain(|parcel| Some(*parcel) != found);
-                        taken.extend(found);
-                        continue;
-                    }
-                }
-                waiting.parcels += 1;
-                sent += 1;
-                queued.push(parcel);
-            }
-            prop_assert_eq!(taken.len(), sent as usize);
-            prop_assert_eq!(waiting.parcels, 0);
-        }
-    }
 
     #[test]
     fn who_waits_for_room_is_told_when_nobody_writes_any_more() {

@@ -1,15 +1,13 @@
 //! The source's copies of pages that went by reference, kept until the references are settled.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::BinaryHeap;
 
 use super::pfn_hash::PfnMap;
 use super::xen_stream::PAGE;
 
 /// Pages in one chunk of the arena: 2 MiB.
 const CHUNK_PAGES: u32 = 512;
-/// In `slots`: this number was settled.
-const SETTLED: u32 = u32::MAX;
 
 /// A reference that is outstanding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,9 +39,8 @@ pub struct Window {
     /// Slots that may be taken now: others may need the memory of the rest.
     limit: u32,
     by_pfn: PfnMap<u64>,
-    /// The references from number `first` on: slot and PFN.
-    numbers: VecDeque<(u32, u64)>,
-    first: u64,
+    /// By number, those that are outstanding alone: a target that leaves one open for as long as it can takes no memory by that.
+    by_number: PfnMap<Retained>,
     next: u64,
 }
 
@@ -55,11 +52,10 @@ impl Window {
             used: Vec::new(),
             free: BinaryHeap::new(),
             taken: 0,
-            capacity: capacity.min(SETTLED - 1),
+            capacity,
             limit: u32::MAX,
             by_pfn: PfnMap::default(),
-            numbers: VecDeque::new(),
-            first: 0,
+            by_number: PfnMap::default(),
             next: 0,
         }
     }
@@ -117,7 +113,7 @@ impl Window {
         *self.used.get_mut((slot / CHUNK_PAGES) as usize)? += 1;
         let number = self.next;
         self.next += 1;
-        self.numbers.push_back((slot, pfn));
+        self.by_number.insert(number, Retained { pfn, slot });
         self.by_pfn.insert(pfn, number);
         Some(number)
     }
@@ -161,18 +157,9 @@ impl Window {
         if number >= self.next {
             return Err(NeverSent(number));
         }
-        let Some(index) = number.checked_sub(self.first) else { return Ok(None) };
-        let Some(entry) = self.numbers.get_mut(index as usize).filter(|entry| entry.0 != SETTLED) else {
-            return Ok(None);
-        };
-        let (slot, pfn) = *entry;
-        entry.0 = SETTLED;
-        self.by_pfn.remove(&pfn);
-        while self.numbers.front().is_some_and(|entry| entry.0 == SETTLED) {
-            self.numbers.pop_front();
-            self.first += 1;
-        }
-        Ok(Some(Retained { pfn, slot }))
+        let Some(retained) = self.by_number.remove(&number) else { return Ok(None) };
+        self.by_pfn.remove(&retained.pfn);
+        Ok(Some(retained))
     }
 
     /// Gives a slot back.
@@ -191,9 +178,11 @@ impl Window {
         }
     }
 
-    /// The oldest outstanding number.
-    pub fn oldest(&self) -> Option<u64> {
-        (!self.numbers.is_empty()).then_some(self.first)
+    /// The numbers that are outstanding, the oldest first.
+    pub fn numbers(&self) -> Vec<u64> {
+        let mut numbers: Vec<u64> = self.by_number.keys().copied().collect();
+        numbers.sort_unstable();
+        numbers
     }
 
     /// Lets go of the arena; nothing may be outstanding, and nothing is retained from now on.
@@ -247,6 +236,20 @@ mod tests {
     }
 
     #[test]
+    fn a_reference_that_stays_open_takes_no_memory_by_it() {
+        let mut window = Window::new(8);
+        let open = window.retain(0, &[1; PAGE]).unwrap();
+        for pfn in 1..100_000 {
+            let number = window.retain(pfn, &[2; PAGE]).unwrap();
+            let retained = window.take(number).unwrap().unwrap();
+            window.release(retained.slot);
+            assert_eq!(window.take(number), Ok(None));
+        }
+        assert_eq!(window.numbers(), [open]);
+        assert!(window.by_number.capacity() < 1000 && window.by_pfn.capacity() < 1000);
+    }
+
+    #[test]
     fn a_superseded_reference_is_settled_once() {
         let mut window = Window::new(2);
         let a = window.retain(5, &[1; PAGE]).unwrap();
@@ -261,8 +264,8 @@ mod tests {
         assert_eq!((kept.pfn, window.page(kept.slot)[0]), (5, 4));
         window.release(kept.slot);
         assert_eq!(window.take(c + 1), Err(NeverSent(c + 1)));
-        assert_eq!(window.oldest(), Some(b));
+        assert_eq!(window.numbers(), [b]);
         assert!(window.take(b).unwrap().is_some());
-        assert_eq!((window.oldest(), window.outstanding()), (None, 0));
+        assert_eq!((window.numbers(), window.outstanding()), (Vec::new(), 0));
     }
 }

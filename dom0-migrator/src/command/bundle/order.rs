@@ -41,9 +41,11 @@ impl<T> Order<T> {
     }
 
     /// Whether there is room for a block now. Each connection brings its blocks in ascending order, so the one whose turn it is never
-    /// waits behind another: it has room always.
+    /// waits behind another: it has room always. So has one that lies beyond the stream's end: no turn comes for which it could wait, and
+    /// [`put`](Self::put) says what is wrong with it.
     pub fn has_room(&self, number: u64) -> bool {
-        number.saturating_sub(self.next) < self.ahead_most
+        let is_beyond = self.blocks.is_some_and(|blocks| number >= blocks);
+        is_beyond || number.saturating_sub(self.next) < self.ahead_most
     }
 
     /// Takes a block for which there is room.
@@ -105,11 +107,13 @@ mod tests {
         assert_eq!((order.take(), order.take(), order.take()), (Some(()), Some(()), None));
         assert_eq!(order.put(0, ()), Err(OrderError::Twice(0)));
         assert_eq!(order.end(1), Err(OrderError::Beyond { number: 1, blocks: 1 }));
+        assert!(!order.has_room(1000));
         order.end(3).unwrap();
-        assert!(!order.is_complete());
+        assert!(!order.is_complete() && order.has_room(1000));
+        assert_eq!(order.put(1000, ()), Err(OrderError::Beyond { number: 1000, blocks: 3 }));
         assert_eq!(order.end(4), Err(OrderError::Ends(3, 4)));
         assert_eq!(order.put(3, ()), Err(OrderError::Beyond { number: 3, blocks: 3 }));
-        assert!(!order.has_room(2 + AHEAD_MAX) && order.has_room(2));
+        assert!(order.has_room(2));
         order.put(2, ()).unwrap();
         assert!(order.take().is_some() && order.is_complete());
     }

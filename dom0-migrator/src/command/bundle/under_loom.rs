@@ -60,6 +60,20 @@ fn two_lanes_come_out_in_order_and_nobody_waits_for_good() {
 }
 
 #[test]
+fn the_end_wakes_who_waits_for_a_turn_that_never_comes() {
+    every_interleaving(|| {
+        let gate = Arc::new(Gate::new(1));
+        let (waits, ends) = (gate.clone(), gate.clone());
+        let lane = thread::spawn(move || waits.put(7, 7));
+        let other = thread::spawn(move || ends.end(1));
+        gate.put(0, 0).unwrap();
+        assert_eq!(take_all(&gate), (vec![0], true));
+        other.join().unwrap().unwrap();
+        assert!(lane.join().unwrap().is_err());
+    });
+}
+
+#[test]
 fn a_failure_wakes_whoever_waits() {
     every_interleaving(|| {
         let gate = Arc::new(Gate::new(1));

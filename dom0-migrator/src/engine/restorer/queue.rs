@@ -4,7 +4,8 @@
 //! With it go its neighbours on the disk, before and behind, as many as one read of bounded length covers: a pool's pages come in no
 //! order, so the more is waiting, the longer the reads become.
 //!
-//! References whose places and numbers follow each other, as those of a pool's frame mostly do, wait together: a [`Run`].
+//! References whose places and numbers follow each other, as those of a pool's frame mostly do, wait together: a [`Run`]. One of which most were taken
+//! out again is parted into what is left of it: whatever a source resends, memory is that of what waits.
 
 use std::collections::BTreeMap;
 
@@ -46,6 +47,11 @@ impl Run {
         key.disk == self.first.disk && key.offset == self.end() && numbers_follow
     }
 
+    /// Whether it takes much more memory than what is left of it would.
+    fn is_thin(&self) -> bool {
+        self.left * THIN <= self.wanted.len()
+    }
+
     fn into_wanted(self) -> impl Iterator<Item = (Key, Wanted)> {
         let Key { disk, offset, number } = self.first;
         (0_u64..).zip(self.wanted).filter_map(move |(index, wanted)| {
@@ -54,6 +60,9 @@ impl Run {
         })
     }
 }
+
+/// A run is parted once no more than one in so many of its references is left.
+const THIN: usize = 4;
 
 /// Makes runs, none longer than a read, of references whose numbers ascend.
 pub(super) fn runs(references: impl Iterator<Item = (Key, Wanted)>, bounds: Bounds) -> Vec<Run> {
@@ -68,6 +77,7 @@ pub(super) fn runs(references: impl Iterator<Item = (Key, Wanted)>, bounds: Boun
             _ => runs.push(Run { first: key, wanted: vec![Some(wanted)], left: 1 }),
         }
     }
+    runs.iter_mut().for_each(|run| run.wanted.shrink_to_fit());
     runs
 }
 
@@ -85,7 +95,7 @@ impl Queue {
         self.by_number.is_empty()
     }
 
-    /// Adds one; numbers ascend from call to call.
+    /// Adds one.
     pub(super) fn push(&mut self, run: Run) {
         self.by_place.insert(run.first, run.wanted.len());
         self.by_number.insert(run.first.number, run);
@@ -96,10 +106,13 @@ impl Queue {
         let index = usize::try_from(key.number - run.first.number).ok()?;
         let wanted = run.wanted.get_mut(index)?.take()?;
         run.left -= 1;
-        if run.left == 0 {
+        if run.is_thin() {
             let first = run.first;
             self.by_place.remove(&first);
-            self.by_number.remove(&first.number);
+            let run = self.by_number.remove(&first.number)?;
+            // They are no longer than the one that they come from.
+            let bounds = Bounds { read_bytes: u64::MAX, gap_bytes: 0 };
+            runs(run.into_wanted(), bounds).into_iter().for_each(|run| self.push(run));
         }
         Some(wanted)
     }
@@ -207,11 +220,48 @@ mod tests {
         assert_eq!((queue.by_number.len(), queue.by_place.len()), (10, 10));
     }
 
+    impl Queue {
+        /// References for which memory is held, taken out or not.
+        fn held(&self) -> usize {
+            self.by_number.values().map(|run| run.wanted.capacity()).sum()
+        }
+
+        fn left(&self) -> usize {
+            self.by_number.values().map(|run| run.left).sum()
+        }
+    }
+
+    /// A source that resends all but one reference of each run: memory is that of those that are left.
+    #[test]
+    fn what_is_left_of_long_runs_takes_little_memory() {
+        let bounds = Bounds { read_bytes: 1 << 20, gap_bytes: 0 };
+        let longest = bounds.read_bytes / PAGE as u64;
+        for left in [0, 100, longest - 1] {
+            let mut queue = Queue::default();
+            for run in 0..200 {
+                let key = |number: u64| Key { disk: 0, offset: number * PAGE as u64, number };
+                let numbers = run * longest..(run + 1) * longest;
+                let wanted =
+                    numbers.clone().map(|number| (key(number), Wanted { pfn: number, hash: [0; 16] }));
+                runs(wanted, bounds).into_iter().for_each(|run| queue.push(run));
+                for number in numbers.filter(|number| number % longest != left) {
+                    assert_eq!(queue.remove(&key(number)).unwrap().pfn, number);
+                }
+            }
+            assert_eq!((queue.left(), queue.by_number.len(), queue.by_place.len()), (200, 200, 200));
+            assert!(queue.held() <= 200 * THIN, "{}", queue.held());
+            // Places of the long runs that they were are near each other no more.
+            let jobs = std::iter::from_fn(|| queue.next_job(bounds));
+            let numbers: Vec<u64> = jobs.flat_map(|job| numbers(&job)).collect();
+            assert_eq!(numbers, (0..200).map(|run| run * longest + left).collect::<Vec<_>>());
+        }
+    }
+
     proptest! {
         #[test]
         fn every_reference_is_taken_once_and_reads_keep_their_bounds(
             runs in proptest::collection::vec((0_u8..2, (0_u64..4000).prop_map(|sector| sector * 512), 1_u64..20), 0..60),
-            cancelled in proptest::collection::vec(any::<proptest::sample::Index>(), 0..10),
+            cancelled in proptest::collection::vec(any::<proptest::sample::Index>(), 0..300),
         ) {
             let places: Vec<_> = runs
                 .iter()
@@ -224,6 +274,7 @@ mod tests {
                 let (disk, offset) = places[number];
                 let was_there = queue.remove(&Key { disk, offset, number: number as u64 }).is_some();
                 prop_assert_eq!(was_there, left.remove(&(number as u64)));
+                prop_assert!(queue.left() == left.len() && queue.held() <= left.len() * THIN);
             }
             while let Some(job) = queue.next_job(BOUNDS) {
                 let oldest = *left.first().unwrap();

@@ -21,6 +21,7 @@ use crate::engine::outlet::{Outlet, Parcel, Piece};
 use crate::engine::pool::Pool;
 use crate::engine::summary::{DrainReport, SourceStats};
 use crate::engine::travel::Travel;
+use crate::engine::waiting::Length;
 use crate::engine::window::Window;
 use crate::engine::xen_stream::{
     DOMAIN_HVM, MAX_PAGE_DATA, PageData, RecordHeader, domain_type, is_page_table, record,

@@ -17,6 +17,7 @@ use crate::engine::pool::Buffer;
 use crate::engine::restorer::{Batch, Key, Restorer, Wanted};
 use crate::engine::side_message::Refusal;
 use crate::engine::summary::{DiskSummary, RefusalCounts, TargetStats, TargetSummary};
+use crate::engine::waiting::Length;
 use crate::engine::xen_stream::{
     DOMAIN_HVM, Entry, MAX_BATCH, MAX_PAGE_DATA, NOTAB, PAGE, PageData, RecordHeader, XALLOC, domain_type,
     record,
