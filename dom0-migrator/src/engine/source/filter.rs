@@ -206,7 +206,7 @@ impl Filter {
         }
         self.settle()?;
         if self.left_out.is_over() || matches!(kind, record::VERIFY | record::END) {
-
+            self.account_for_left_out()?;
         }
         if self.mode == Mode::Verify {
             self.tell_late_writes()?;

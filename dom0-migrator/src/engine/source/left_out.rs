@@ -53,7 +53,7 @@ impl LeftOut {
     /// libxenguest begins a round: the log was cleared since what was seen in it.
     pub(super) fn enter(&mut self, round: u32) {
         self.round = Some(round);
-        let old = None;
+        let old = self.look.take();
         self.let_go(old);
     }
 
