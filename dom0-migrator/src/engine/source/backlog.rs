@@ -62,7 +62,8 @@ pub(super) struct WaitingPages {
     /// What the record says of each; the pages of those that have data follow each other in `bytes`.
     entries: Vec<Entry>,
     bytes: Vec<u8>,
-    /// Whether the target is to have memory for a page that is left out.
+    /// Whether a page that is left out is named all the same, as "allocate only": the target is to have memory for it, and no longer waits for an older
+    /// reference to it, which was superseded when the page was sent off.
     keep_places: bool,
     /// Whether they were written to since they were sent first.
     again: bool,
@@ -226,8 +227,8 @@ impl Filter {
         } else {
             self.builder.spans.retain(|span| span.kind != SpanKind::Raw);
         }
-        let keep_places = record.pass == 1 && !places_are_named;
-        Some(WaitingPages { entries, bytes, keep_places, again: record.pass > 1 }.into_parcel())
+        let again = record.pass > 1;
+        Some(WaitingPages { entries, bytes, keep_places: !places_are_named, again }.into_parcel())
     }
 
     /// A look at the log of dirty pages was taken: what waits and is marked again is left out, and so is what comes. None: there will be no more.
@@ -270,5 +271,47 @@ impl Filter {
             None => Ok(()),
             Some((pages, first)) => Err(EngineError::LeftOut { pages, first }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::waiting::Length as _;
+    use crate::engine::xen_stream::{NOTAB, RECORD_HEADER};
+
+    #[test]
+    fn a_page_that_is_left_out_while_it_waits_is_named_unless_it_was() {
+        for keep_places in [true, false] {
+            let entries: Vec<Entry> = (10..14)
+                .zip([NOTAB, NOTAB, 1, NOTAB])
+                .map(|(pfn, page_type)| Entry { pfn, page_type })
+                .collect();
+            let bytes = (10..14_u8).flat_map(|pfn| [pfn; PAGE]).collect();
+            let mut pages = WaitingPages { entries, bytes, keep_places, again: true };
+            let mut left = Vec::new();
+            pages.leave_out(|pfn| pfn == 11 || pfn == 12, |entry| left.push((entry.pfn, entry.page_type)));
+            assert_eq!(left, [(11, NOTAB), (12, 1)]);
+            let parcel = pages.into_parcel();
+            let body = [&parcel.head[RECORD_HEADER..], parcel.body.as_ref().unwrap().part(0)].concat();
+            let parsed = PageData::parse(&body).unwrap();
+            let found: Vec<_> = parsed
+                .pages_by_entry()
+                .map(|(entry, page)| (entry.pfn, entry.page_type, page.map(|page| page[0])))
+                .collect();
+            let named = [(11, XALLOC, None), (12, XALLOC, None)];
+            let mut expected = vec![(10, NOTAB, Some(10)), (13, NOTAB, Some(13))];
+            expected.splice(1..1, named.into_iter().filter(|_| keep_places));
+            assert_eq!(found, expected);
+            assert_eq!(parcel.length() as usize, RECORD_HEADER + body.len());
+        }
+    }
+
+    #[test]
+    fn a_record_of_which_nothing_is_left_is_none() {
+        let entries = vec![Entry { pfn: 1, page_type: NOTAB }];
+        let mut pages = WaitingPages { entries, bytes: vec![1; PAGE], keep_places: false, again: false };
+        pages.leave_out(|_| true, drop);
+        assert_eq!(pages.into_parcel().length(), 0);
     }
 }

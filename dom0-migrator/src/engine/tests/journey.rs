@@ -300,6 +300,51 @@ fn pvh_pages_are_allocated_in_order_before_they_are_loaded() {
     assert_eq!(outcome.source.unwrap().stats.references_accepted, 16);
 }
 
+/// An HVM domain's stream: memory far above the guest's own (its display, Xen's special pages), holes, and the processors' state and the parameters
+/// behind the memory. What its device model is belongs to libxl's stream, behind libxc's END: not a byte of that is taken.
+#[test]
+fn an_hvm_stream_goes_through_and_its_device_model_s_records_stay_behind_it() {
+    let disk = disk(64);
+    let mut pair = Pair::simple(map((8..24).map(|pfn| (pfn, pfn))), &disk, config());
+    let (display, hole, special) = (0xf_0000, 0xf_1000, 0xf_eff8);
+    let mut first: Vec<_> = (0..32).map(|pfn| Sent::page(pfn, disk_page(pfn))).collect();
+    first.extend((display..display + 4).map(|pfn| Sent::page(pfn, other_page(pfn))));
+    first.extend((hole..hole + 40).map(|pfn| Sent::typed(pfn, 15, Vec::new())));
+    first.extend((special..special + 8).map(|pfn| Sent::page(pfn, vec![0; PAGE])));
+    // The display is written to while the domain runs, and one of the special pages: by the device model, whose log libxenguest has joined.
+    let second = [9, display + 1, special + 3].map(|pfn| Sent::page(pfn, other_page(7 * pfn)));
+    let mut stream = beginning_pvh();
+    stream.extend(page_data(&first));
+    stream.extend(page_data(&second));
+    // TSC_INFO, HVM_CONTEXT of many processors, HVM_PARAMS, END.
+    for (kind, length) in [(8, 24), (9, 1_300_001), (0xa, 8 + 16 * 30), (kinds::END, 0)] {
+        stream.extend(record(kind, &vec![kind as u8; length]));
+    }
+    pair.write(&stream);
+    let outcome = pair.finish();
+    assert!(restore(&outcome.stream) == restore(&stream));
+    assert_eq!(outcome.left_on_wire, AFTER_END);
+    let stats = outcome.source.unwrap().stats;
+    assert_eq!((stats.pages_referenced, stats.pages_zero, stats.pages_without_data), (16, 8, 40));
+}
+
+/// Streams of version 2 have nothing between the headers and an HVM guest's memory.
+#[test]
+fn nothing_overtakes_the_headers() {
+    let disk = disk(1);
+    for _ in 0..100 {
+        let mut pair = Pair::simple(map([]), &disk, config());
+        let mut stream = beginning_pvh()[..40].to_vec();
+        stream.extend(page_data(&[Sent::page(1, vec![0; PAGE]), Sent::page(2, other_page(2))]));
+        stream.extend(record(kinds::END, &[]));
+        pair.write(&stream);
+        let outcome = pair.finish();
+        outcome.source.unwrap();
+        outcome.target.unwrap();
+        assert!(restore(&outcome.stream) == restore(&stream));
+    }
+}
+
 /// As between two hosts: TCP for the stream and for the side channel, pipes towards libxenguest.
 #[test]
 fn tcp_and_pipes_do_as_well() {
