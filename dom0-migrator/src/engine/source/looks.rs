@@ -226,11 +226,11 @@ mod tests {
 
     #[test]
     fn numbers_are_in_the_log() {
-        let took = Duration::from_micros(2500);
+        let took = Duration::from_micros(2600);
         let looks = PassLooks { pass: 2, looks: 34, took, of: Duration::from_secs(2), left: 5321 };
         assert_eq!(
             looks.to_string(),
-            "pass 2: 34 looks at the log of dirty pages in 2.50 ms of 2.00 s (0.13 %, at most 1 %); 5321 pages left for a later pass"
+            "pass 2: 34 looks at the log of dirty pages in 2.60 ms of 2.00 s (0.13 %, at most 1 %); 5321 pages left for a later pass"
         );
     }
 }
