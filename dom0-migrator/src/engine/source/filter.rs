@@ -100,7 +100,7 @@ impl Filter {
             match arrived.what {
                 Incoming::Headers(headers) => {
                     self.placeholders = domain_type(&headers) == DOMAIN_HVM;
-                    self.send(Parcel::bytes(headers.to_vec()))?;
+                    self.send_alone(Parcel::bytes(headers.to_vec()))?;
                 }
                 Incoming::Request(request) => self.handle_request(request),
                 Incoming::Record(ticket) => {
