@@ -11,6 +11,9 @@ use super::xen_stream::{MAX_BATCH, PAGE};
 const CHUNK_PAGES: u32 = 512;
 /// In `numbers`: this one was settled.
 const SETTLED: Slot = Slot(u32::MAX);
+/// Numbers that are looked up by their place, for each page that fits; with those of a few records that are settled in no order.
+const NUMBERS: usize = 4;
+const FEW_NUMBERS: usize = 4 * MAX_BATCH;
 /// Fewer pages are copied rather than kept with the record in which they came: a record in the window costs a little by itself.
 const FEW: usize = 16;
 
@@ -115,12 +118,17 @@ pub struct Window {
     capacity: u32,
     /// Pages of memory that may be taken now: others may need the rest.
     limit: u32,
-    by_pfn: PfnMap<u64>,
+    outstanding: usize,
+    /// Number by PFN. Within a pass PFNs ascend, so that nobody asks for any of those that are outstanding, and only who asks has them noted:
+    /// from then on until nothing is outstanding.
+    by_pfn: Option<PfnMap<u64>>,
     /// No outstanding page has a higher PFN.
     highest: u64,
     /// The references from number `first` on: slot and PFN.
     numbers: VecDeque<(Slot, u64)>,
     first: u64,
+    /// Those before it that are outstanding, by number: a target that leaves one open for as long as it can takes no memory by that.
+    old: PfnMap<(Slot, u64)>,
     next: u64,
 }
 
@@ -158,17 +166,19 @@ impl Window {
             current: None,
             capacity: capacity.min(Slot::RECORD - 1),
             limit: u32::MAX,
-            by_pfn: PfnMap::default(),
+            outstanding: 0,
+            by_pfn: None,
             highest: 0,
             numbers: VecDeque::new(),
             first: 0,
+            old: PfnMap::default(),
             next: 0,
         }
     }
 
     /// References outstanding.
     pub fn outstanding(&self) -> usize {
-        self.by_pfn.len()
+        self.outstanding
     }
 
     /// Number that the next reference gets.
@@ -267,8 +277,18 @@ impl Window {
         let number = self.next;
         self.next += 1;
         self.numbers.push_back((slot, pfn));
-        self.highest = if self.by_pfn.is_empty() { pfn } else { self.highest.max(pfn) };
-        self.by_pfn.insert(pfn, number);
+        while self.numbers.len() > NUMBERS * self.capacity() + FEW_NUMBERS
+            && let Some(entry) = self.numbers.pop_front()
+        {
+            self.old.insert(self.first, entry);
+            self.first += 1;
+            self.forget_settled();
+        }
+        self.highest = if self.outstanding == 0 { pfn } else { self.highest.max(pfn) };
+        self.outstanding += 1;
+        if let Some(by_pfn) = &mut self.by_pfn {
+            by_pfn.insert(pfn, number);
+        }
         number
     }
 
@@ -302,33 +322,30 @@ impl Window {
     /// Copies what is outstanding of the record that has the fewest such pages, and lets go of the record, which takes more memory than they.
     /// `None`: there is none.
     fn copy_fewest(&mut self) -> Option<()> {
-        let there = self.wholes.iter().enumerate().filter_map(|(place, whole)| Some((place, whole.as_ref()?)));
+        let there =
+            self.wholes.iter().enumerate().filter_map(|(place, whole)| Some((place, whole.as_ref()?)));
         let (place, whole) = there
             .filter(|&(place, whole)| Some(place) != self.current && whole.left < whole.memory())
             .min_by_key(|(_, whole)| whole.left)?;
-        let Whole { left, first, .. } = *whole;
+        let first = whole.first;
         let body = whole.body.clone();
         let pages_at = whole.pages_at;
-        let mut index = first.checked_sub(self.first).map_or(0, |index| index as usize);
-        for _ in 0..left {
-            // The numbers of one record follow each other; those of it that are settled are passed over.
-            let (page, at) = loop {
-                let (slot, _) = *self.numbers.get(index)?;
-                index += 1;
-                match slot.lies() {
-                    Lies::InRecord { record, page } if record == place => {
-                        break (page, index - 1);
-                    }
-                    _ => {}
-                }
-            };
-            let from = pages_at + page * PAGE;
-            let slot = self.copy(body.get(from..from + PAGE)?)?;
-            self.numbers.get_mut(at)?.0 = slot;
-            self.wholes.get_mut(place)?.as_mut()?.left -= 1;
+        // The numbers of a record's pages follow each other, and those that are settled are passed over.
+        for number in first..first + MAX_BATCH as u64 {
+            if self.wholes.get(place)?.as_ref()?.left == 0 {
+                break;
+            }
+            let Some(slot) = self.slot(number) else { continue };
+            let Lies::InRecord { record, page } = slot.lies() else { continue };
+            if record == place {
+                let from = pages_at + page * PAGE;
+                let copied = self.copy(body.get(from..from + PAGE)?)?;
+                *self.slot(number)? = copied;
+                self.wholes.get_mut(place)?.as_mut()?.left -= 1;
+            }
         }
         self.let_go_if_empty(place);
-        Some(())
+        self.wholes.get(place)?.is_none().then_some(())
     }
 
     fn let_go_if_empty(&mut self, place: usize) {
@@ -359,10 +376,16 @@ impl Window {
 
     /// A newer entry for the PFN has come: drops the outstanding reference, if there is one.
     pub fn supersede(&mut self, pfn: u64) -> bool {
-        if self.by_pfn.is_empty() || pfn > self.highest {
+        if self.outstanding == 0 || pfn > self.highest {
             return false;
         }
-        let Some(&number) = self.by_pfn.get(&pfn) else { return false };
+        let (numbers, first, old) = (&self.numbers, self.first, &self.old);
+        let by_pfn = self.by_pfn.get_or_insert_with(|| {
+            let recent = (first..).zip(numbers).filter(|(_, entry)| entry.0 != SETTLED);
+            let old = old.iter().map(|(&number, entry)| (number, entry));
+            recent.chain(old).map(|(number, entry)| (entry.1, number)).collect()
+        });
+        let Some(&number) = by_pfn.get(&pfn) else { return false };
         match self.take(number) {
             Ok(Some(retained)) => {
                 self.release(retained);
@@ -381,18 +404,39 @@ impl Window {
         if number >= self.next {
             return Err(NeverSent(number));
         }
-        let Some(index) = number.checked_sub(self.first) else { return Ok(None) };
-        let Some(entry) = self.numbers.get_mut(index as usize).filter(|entry| entry.0 != SETTLED) else {
-            return Ok(None);
+        let taken = match number.checked_sub(self.first) {
+            None => self.old.remove(&number),
+            Some(index) => {
+                let entry = self.numbers.get_mut(index as usize).filter(|entry| entry.0 != SETTLED);
+                entry.map(|entry| (std::mem::replace(&mut entry.0, SETTLED), entry.1))
+            }
         };
-        let (slot, pfn) = *entry;
-        entry.0 = SETTLED;
-        self.by_pfn.remove(&pfn);
+        let Some((slot, pfn)) = taken else { return Ok(None) };
+        self.outstanding -= 1;
+        if self.outstanding == 0 {
+            self.by_pfn = None;
+        } else if let Some(by_pfn) = &mut self.by_pfn {
+            by_pfn.remove(&pfn);
+        }
+        self.forget_settled();
+        Ok(Some(Retained { pfn, slot }))
+    }
+
+    /// Numbers that are settled, and that nothing before them keeps.
+    fn forget_settled(&mut self) {
         while self.numbers.front().is_some_and(|entry| entry.0 == SETTLED) {
             self.numbers.pop_front();
             self.first += 1;
         }
-        Ok(Some(Retained { pfn, slot }))
+    }
+
+    /// A number's slot, if it is outstanding.
+    fn slot(&mut self, number: u64) -> Option<&mut Slot> {
+        let entry = match number.checked_sub(self.first) {
+            None => self.old.get_mut(&number),
+            Some(index) => self.numbers.get_mut(index as usize),
+        };
+        entry.map(|entry| &mut entry.0)
     }
 
     /// Gives a page's memory back.
@@ -422,14 +466,18 @@ impl Window {
         }
     }
 
-    /// The oldest outstanding number.
-    pub fn oldest(&self) -> Option<u64> {
-        (!self.numbers.is_empty()).then_some(self.first)
+    /// The numbers that are outstanding, the oldest first.
+    pub fn numbers(&self) -> Vec<u64> {
+        let mut numbers: Vec<u64> = self.old.keys().copied().collect();
+        numbers.sort_unstable();
+        let recent = (self.first..).zip(&self.numbers).filter(|(_, entry)| entry.0 != SETTLED);
+        numbers.extend(recent.map(|(number, _)| number));
+        numbers
     }
 
     /// Lets go of the arena; nothing may be outstanding, and nothing is retained from now on.
     pub fn close(&mut self) {
-        if self.by_pfn.is_empty() {
+        if self.outstanding == 0 {
             self.chunks = Vec::new();
             (self.lowest_free, self.copied, self.taken, self.capacity) = (0, 0, 0, 0);
         }
@@ -481,6 +529,34 @@ mod tests {
     }
 
     #[test]
+    fn a_reference_that_stays_open_takes_no_memory_by_it() {
+        let pool = Pool::new(1);
+        let mut window = Window::new(100);
+        let body = record(&pool, 9, 32);
+        assert!(window.begin_record(body.keep().unwrap(), 8, 32));
+        let open = [0, 1].map(|pfn| window.retain_here(pfn, pfn as usize).unwrap());
+        window.end_record();
+        for pfn in 2..100_000 {
+            let number = window.retain(pfn, &[2; PAGE]).unwrap();
+            let retained = window.take(number).unwrap().unwrap();
+            window.release(retained);
+            assert_eq!(window.take(number), Ok(None));
+        }
+        assert_eq!(window.numbers(), open);
+        assert!(
+            window.numbers.capacity() <= 4 * (NUMBERS * 100 + FEW_NUMBERS) && window.old.capacity() < 100
+        );
+        // What is as old as that is found all the same: to be copied, superseded, and settled.
+        (0..98).for_each(|pfn| drop(window.retain(200_000 + pfn, &[3; PAGE]).unwrap()));
+        assert_eq!(window.bytes(), u64::from(CHUNK_PAGES) * PAGE as u64, "the record was let go of");
+        assert!(window.supersede(1) && !window.supersede(1));
+        let kept = window.take(open[0]).unwrap().unwrap();
+        assert_eq!(window.page(kept), [9; PAGE]);
+        window.release(kept);
+        assert_eq!((window.take(open[0]), window.take(open[1])), (Ok(None), Ok(None)));
+    }
+
+    #[test]
     fn a_superseded_reference_is_settled_once() {
         let mut window = Window::new(2);
         let a = window.retain(5, &[1; PAGE]).unwrap();
@@ -495,9 +571,9 @@ mod tests {
         assert_eq!((kept.pfn, window.page(kept)[0]), (5, 4));
         window.release(kept);
         assert_eq!(window.take(c + 1), Err(NeverSent(c + 1)));
-        assert_eq!(window.oldest(), Some(b));
+        assert_eq!(window.numbers(), [b]);
         assert!(window.take(b).unwrap().is_some());
-        assert_eq!((window.oldest(), window.outstanding()), (None, 0));
+        assert_eq!((window.numbers(), window.outstanding()), (Vec::new(), 0));
     }
 
     /// A record of so many pages, page i full of `first + i`.
@@ -515,7 +591,8 @@ mod tests {
         let mut window = Window::new(100);
         let body = record(&pool, 1, 32);
         assert!(window.begin_record(body.keep().unwrap(), 8, 32));
-        let numbers: Vec<u64> = (0..32).map(|page| window.retain_here(100 + page, page as usize).unwrap()).collect();
+        let numbers: Vec<u64> =
+            (0..32).map(|page| window.retain_here(100 + page, page as usize).unwrap()).collect();
         assert_eq!(window.retain_here(200, 32), None, "it has no such page");
         window.end_record();
         drop(body);
@@ -564,7 +641,7 @@ mod tests {
         }
         assert_eq!((window.room(), window.retain(5, &[0; PAGE])), (0, None));
         assert_eq!(window.bytes(), u64::from(2 * CHUNK_PAGES) * PAGE as u64);
-        while let Some(number) = window.oldest() {
+        for number in window.numbers() {
             let kept = window.take(number).unwrap().unwrap();
             assert_eq!(window.page(kept), [outstanding.remove(&kept.pfn).unwrap(); PAGE]);
             window.release(kept);
@@ -576,7 +653,11 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         /// A record of so many pages, of which every so manieth is retained, from this PFN on.
-        Record { pfn: u64, pages: usize, every: usize },
+        Record {
+            pfn: u64,
+            pages: usize,
+            every: usize,
+        },
         Supersede(u64),
         /// The oldest, or one behind it.
         Settle(u64),
@@ -626,7 +707,8 @@ mod tests {
                     }
                     Step::Supersede(pfn) => prop_assert_eq!(window.supersede(pfn), model.remove(&pfn).is_some()),
                     Step::Settle(behind) => {
-                        let Some(oldest) = window.oldest().filter(|oldest| oldest + behind < window.next_number()) else { continue };
+                        let oldest = window.numbers().first().copied().filter(|oldest| oldest + behind < window.next_number());
+                        let Some(oldest) = oldest else { continue };
                         let taken = window.take(oldest + behind).unwrap();
                         let expected = model.iter().find(|(_, (_, number))| *number == oldest + behind).map(|(pfn, it)| (*pfn, it.0));
                         prop_assert_eq!(taken.map(|it| (it.pfn, window.page(it)[0], window.page(it)[PAGE - 1])), expected.map(|(pfn, it)| (pfn, it, it)));
@@ -647,7 +729,7 @@ mod tests {
                 let chunk = u64::from(CHUNK_PAGES) * PAGE as u64;
                 prop_assert!(window.bytes() <= budget.max(lowered) + chunk, "{} of {}", window.bytes(), budget);
             }
-            while let Some(number) = window.oldest() {
+            for number in window.numbers() {
                 let taken = window.take(number).unwrap().unwrap();
                 prop_assert_eq!(window.page(taken), [model.remove(&taken.pfn).unwrap().0; PAGE]);
                 window.release(taken);

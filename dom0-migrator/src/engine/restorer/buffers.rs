@@ -1,10 +1,13 @@
 //! The memory that is read into: so many buffers, each taken from the system when it is first needed.
+//!
+//! There are small ones, for reads as most are, and large ones, for the longest that there may be. So what is read lies close together, and
+//! the more so as the buffer that came back last goes out first.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use super::super::memory::Memory;
 
-/// A buffer. Its memory is aligned as direct I/O asks for.
+/// A buffer. Its memory is aligned as direct I/O asks for. Dropped, it goes back.
 #[derive(Debug, Default)]
 pub(super) struct ReadBuffer {
     memory: Memory,
@@ -12,9 +15,15 @@ pub(super) struct ReadBuffer {
     number: usize,
     /// Whether the ring knows its memory by that number.
     pub(super) is_registered: bool,
+    home: Option<Arc<Buffers>>,
 }
 
 impl ReadBuffer {
+    /// Whether it is none: what there is when it is over.
+    pub(super) fn is_none(&self) -> bool {
+        self.memory.is_empty()
+    }
+
     /// Its number, from 0 on.
     pub(super) fn number(&self) -> usize {
         self.number
@@ -36,30 +45,55 @@ impl ReadBuffer {
     }
 }
 
+impl Drop for ReadBuffer {
+    fn drop(&mut self) {
+        if let Some(home) = self.home.take() {
+            let (number, is_registered) = (self.number, self.is_registered);
+            let memory = std::mem::take(&mut self.memory);
+            home.lock().free.push(Free { memory, number, is_registered });
+            home.given_back.notify_one();
+        }
+    }
+}
+
+/// A buffer that nobody has.
+#[derive(Debug)]
+struct Free {
+    memory: Memory,
+    number: usize,
+    is_registered: bool,
+}
+
 #[derive(Debug)]
 struct State {
     /// The last one came back last, and goes out first: its memory is there, and warm.
-    free: Vec<ReadBuffer>,
+    free: Vec<Free>,
     /// Buffers made so far.
     made: usize,
     over: bool,
 }
 
-/// All of them.
+/// All of one size.
 #[derive(Debug)]
 pub(super) struct Buffers {
     state: Mutex<State>,
     given_back: Condvar,
+    /// Number of the first one.
+    first: usize,
     most: usize,
-    /// Bytes of each.
     bytes: usize,
 }
 
 impl Buffers {
-    /// At most so many, of so many bytes each.
-    pub(super) fn new(most: usize, bytes: usize) -> Self {
+    /// At most so many, of so many bytes each, numbered from `first` on.
+    pub(super) fn new(first: usize, most: usize, bytes: usize) -> Arc<Self> {
         let state = Mutex::new(State { free: Vec::new(), made: 0, over: false });
-        Self { state, given_back: Condvar::new(), most, bytes }
+        Arc::new(Self { state, given_back: Condvar::new(), first, most, bytes })
+    }
+
+    /// Whether what is so long fits into one of these.
+    pub(super) fn fits(&self, length: usize) -> bool {
+        self.most > 0 && length <= self.bytes
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -67,33 +101,27 @@ impl Buffers {
     }
 
     /// A buffer, which is waited for if it may be. When it is over there is always one, without memory.
-    pub(super) fn take(&self, may_wait: bool) -> Option<ReadBuffer> {
+    pub(super) fn take(self: &Arc<Self>, may_wait: bool) -> Option<ReadBuffer> {
         let mut state = self.lock();
         loop {
-            if let Some(buffer) = state.free.pop() {
-                return Some(buffer);
-            }
-            if state.made < self.most {
-                let number = state.made;
-                state.made += 1;
-                drop(state);
-                return Some(ReadBuffer { memory: Memory::zeroed(self.bytes), number, is_registered: false });
-            }
             if state.over {
                 return Some(ReadBuffer::default());
+            }
+            let home = Some(Arc::clone(self));
+            if let Some(Free { memory, number, is_registered }) = state.free.pop() {
+                return Some(ReadBuffer { memory, number, is_registered, home });
+            }
+            if state.made < self.most {
+                let number = self.first + state.made;
+                state.made += 1;
+                drop(state);
+                let memory = Memory::zeroed(self.bytes);
+                return Some(ReadBuffer { memory, number, is_registered: false, home });
             }
             if !may_wait {
                 return None;
             }
             state = self.given_back.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    /// Takes one back.
-    pub(super) fn give_back(&self, buffer: ReadBuffer) {
-        if !buffer.memory.is_empty() {
-            self.lock().free.push(buffer);
-            self.given_back.notify_one();
         }
     }
 
@@ -110,28 +138,26 @@ mod tests {
 
     #[test]
     fn the_one_that_came_back_last_goes_out_first_and_no_more_are_made_than_may_be() {
-        let buffers = Buffers::new(3, 8192);
+        let buffers = Buffers::new(7, 3, 8192);
         let taken: Vec<_> = std::iter::from_fn(|| buffers.take(false)).collect();
-        assert_eq!(taken.iter().map(ReadBuffer::number).collect::<Vec<_>>(), [0, 1, 2]);
-        for buffer in taken {
-            buffers.give_back(buffer);
-        }
+        assert_eq!(taken.iter().map(ReadBuffer::number).collect::<Vec<_>>(), [7, 8, 9]);
+        taken.into_iter().for_each(drop);
         let mut last = buffers.take(false).unwrap();
-        assert_eq!((last.number(), last.get(10).len(), last.all().len()), (2, 10, 8192));
-        buffers.give_back(last);
-        assert_eq!(buffers.take(false).unwrap().number(), 2);
+        assert_eq!((last.number(), last.get(10).len(), last.all().len()), (9, 10, 8192));
+        drop(last);
+        assert_eq!(buffers.take(false).unwrap().number(), 9);
+        assert!(buffers.fits(8192) && !buffers.fits(8193) && !Buffers::new(0, 0, 8192).fits(1));
     }
 
     #[test]
     fn who_waits_is_told_that_it_is_over() {
-        let buffers = std::sync::Arc::new(Buffers::new(1, 4096));
+        let buffers = Buffers::new(0, 1, 4096);
         let held = buffers.take(true).unwrap();
         let waiting = std::thread::spawn({
-            let buffers = std::sync::Arc::clone(&buffers);
-            move || buffers.take(true).unwrap().bytes().len()
+            let buffers = Arc::clone(&buffers);
+            move || buffers.take(true).unwrap().is_none()
         });
         buffers.end();
-        assert_eq!(waiting.join().unwrap(), 0);
-        drop(held);
+        assert!(waiting.join().unwrap() && !held.is_none());
     }
 }

@@ -39,6 +39,9 @@ use ring::Ring;
 /// Longest read, whatever the configuration says: what a block device takes at once is less (`max_sectors_kb`).
 const LONGEST_READ: usize = 8 << 20;
 
+/// Bytes of a small buffer.
+const SMALL: usize = 128 << 10;
+
 /// Pages that are looked at together, or a few more: reads that are done together go to the verifiers in groups of this size.
 const PAGES_TOGETHER: usize = 128;
 
@@ -77,7 +80,6 @@ pub struct Loaded {
 #[derive(Debug)]
 pub struct Batch {
     buffer: ReadBuffer,
-    home: Arc<Buffers>,
     /// The references that it covers.
     pub loaded: Vec<Loaded>,
     /// Bytes read.
@@ -92,12 +94,6 @@ impl Batch {
     /// What was read; [`Loaded::outcome`] says where in it a page lies.
     pub fn bytes(&self) -> &[u8] {
         self.buffer.bytes()
-    }
-}
-
-impl Drop for Batch {
-    fn drop(&mut self) {
-        self.home.give_back(std::mem::take(&mut self.buffer));
     }
 }
 
@@ -150,7 +146,10 @@ struct Shared {
     disks: Vec<Option<Disk>>,
     hasher: PageHasher,
     bounds: Bounds,
-    buffers: Arc<Buffers>,
+    /// For reads of any length.
+    large: Arc<Buffers>,
+    /// For those that are no longer than this, as most are.
+    small: Arc<Buffers>,
 }
 
 /// The queue, and the threads that read.
@@ -173,14 +172,21 @@ impl Restorer {
         let read_bytes = config.read_bytes.clamp(PAGE, LONGEST_READ);
         let readers = config.readers.max(1);
         // A read begins and ends at whole blocks.
-        let buffers = (config.in_flight_bytes / (read_bytes + 2 * ALIGNMENT)).max(2);
+        let large_bytes = read_bytes + 2 * ALIGNMENT;
+        // Reads that wait to be hashed and written are no more than those that the disk is worth, or the memory of small ones would
+        // be all over the place.
+        let small = if large_bytes > SMALL { config.queue_depth.max(1) * 2 } else { 0 };
+        let small = small.min(config.in_flight_bytes / 4 / SMALL);
+        let large = ((config.in_flight_bytes - small * SMALL) / large_bytes).max(2);
+        let buffers = small + large;
         let shared = Arc::new(Shared {
             waiting: Mutex::default(),
             work: Condvar::new(),
             disks,
             hasher: PageHasher::new(key),
             bounds: Bounds { read_bytes: read_bytes as u64, gap_bytes: config.gap_bytes },
-            buffers: Arc::new(Buffers::new(buffers, read_bytes + 2 * ALIGNMENT)),
+            large: Buffers::new(small, large, large_bytes),
+            small: Buffers::new(0, small, SMALL),
         });
         let (done, done_rx) = bounded::<Vec<Read>>(buffers);
         let (results_tx, results) = bounded(buffers);
@@ -199,9 +205,12 @@ impl Restorer {
             };
             spawn(format!("target-hash-{number}"), Box::new(verify))?;
         }
-        let most = config.queue_depth.clamp(1, buffers);
-        let ring =
-            if config.io_uring { Ring::new(config.queue_depth_first, most, buffers).map(Some) } else { Ok(None) };
+        let most = config.queue_depth.clamp(1, large);
+        let ring = if config.io_uring {
+            Ring::new(config.queue_depth_first, most, buffers).map(Some)
+        } else {
+            Ok(None)
+        };
         let ring = ring.unwrap_or_else(|error| {
             tracing::info!(%error, readers, "no io_uring here: reading with threads");
             None
@@ -266,7 +275,8 @@ impl Drop for Restorer {
     fn drop(&mut self) {
         self.shared.lock().stopped = true;
         self.shared.work.notify_all();
-        self.shared.buffers.end();
+        self.shared.large.end();
+        self.shared.small.end();
         // The threads end by themselves, after the reads that are under way. They are not waited for: a slow disk shall not
         // hold up a migration that no longer needs it.
     }
@@ -300,12 +310,13 @@ impl Shared {
 
     /// Reads one job after the other.
     fn read_alone(&self, done: &Sender<Vec<Read>>) {
-        while let Some(mut buffer) = self.buffers.take(true) {
-            let Taken::Job(job) = self.next_job(true) else {
-                self.buffers.give_back(buffer);
-                return;
-            };
+        loop {
+            // Not before there is room for the longest read is it decided what is read.
+            let room = self.large.take(true);
+            let Taken::Job(job) = self.next_job(true) else { return };
             let extent = Extent::of(&job);
+            let buffer = if self.small.fits(extent.length as usize) { self.small.take(true) } else { room };
+            let Some(mut buffer) = buffer.filter(|buffer| !buffer.is_none()) else { return };
             let began = Instant::now();
             let outcome = match self.disk(extent.disk) {
                 Some(disk) => disk.read(buffer.get(extent.length as usize), extent.start),
@@ -348,7 +359,8 @@ impl Shared {
         let began = Instant::now();
         let mut pages: Vec<&[u8]> = Vec::with_capacity(PAGES_TOGETHER);
         for (read, came) in reads.iter().zip(&came) {
-            pages.extend(read.job.wanted.iter().filter_map(|(key, _)| place(read, *came, key)).map(|it| it.1));
+            pages
+                .extend(read.job.wanted.iter().filter_map(|(key, _)| place(read, *came, key)).map(|it| it.1));
         }
         let mut hashes = Vec::with_capacity(pages.len());
         self.hasher.hash_all(&pages, &mut hashes);
@@ -367,7 +379,6 @@ impl Shared {
             Batch {
                 loaded: loaded.collect(),
                 buffer: read.buffer,
-                home: Arc::clone(&self.buffers),
                 read_bytes: came.1 as u64,
                 read_seconds: read.seconds,
                 hash_seconds,
@@ -465,6 +476,38 @@ mod tests {
             }
             let refused = Some(Err(Refusal::IoError));
             assert_eq!(outcomes, [Some(Ok(())), Some(Ok(())), refused, refused]);
+        }
+    }
+
+    /// Short reads wait for small buffers, of which there are few, and take no large ones instead.
+    #[test]
+    fn reads_that_wait_for_small_buffers_come_all_the_same() {
+        for io_uring in [true, false] {
+            let config = Config {
+                read_bytes: 256 << 10,
+                in_flight_bytes: 1 << 20,
+                gap_bytes: 0,
+                io_uring,
+                ..Config::default()
+            };
+            let (_file, restorer) = restorer(64, &config);
+            let shared = Arc::clone(&restorer.shared);
+            assert!(shared.small.fits(SMALL) && !shared.small.fits(SMALL + 1));
+            restorer.push((0..16).map(|page| wanted(u64::from(page), 4 * page)));
+            let mut held = std::collections::VecDeque::new();
+            let mut seen = std::collections::BTreeSet::new();
+            for batch in batches(&restorer).take(16) {
+                assert_eq!(batch.buffer.bytes().len(), SMALL);
+                seen.extend(
+                    batch.loaded.iter().filter(|loaded| loaded.outcome.is_ok()).map(|loaded| loaded.number),
+                );
+                // One fewer than there are, so that the next has one to come in.
+                held.push_back(batch);
+                if held.len() > 1 {
+                    held.pop_front();
+                }
+            }
+            assert_eq!(seen.len(), 16);
         }
     }
 

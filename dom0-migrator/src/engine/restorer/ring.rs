@@ -10,6 +10,7 @@ use io_uring::{IoUring, opcode};
 
 use super::buffers::ReadBuffer;
 use super::depth::Depth;
+use super::queue::Job;
 use super::{Extent, PAGES_TOGETHER, Read, Shared, Taken};
 
 /// How long a wait for a completion lasts before the queue is looked at again: there may be something for another disk.
@@ -33,6 +34,8 @@ pub(super) struct Ring {
     registrable: usize,
     /// By the number that the kernel gives back with the completion.
     in_flight: Vec<Option<InFlight>>,
+    /// A read that waits for a buffer of its size.
+    next: Option<Job>,
     free: Vec<usize>,
     count: usize,
     depth: Depth,
@@ -63,6 +66,7 @@ impl Ring {
             ring,
             is_disabled,
             registrable: buffers.min(MOST_REGISTERED),
+            next: None,
             in_flight: (0..most).map(|_| None).collect(),
             free: (0..most).collect(),
             count: 0,
@@ -124,21 +128,31 @@ impl Ring {
     /// Begins as many reads as may be in flight. With none in flight it waits for something to do; `None`: it is over.
     fn fill(&mut self, shared: &Arc<Shared>) -> Option<()> {
         while self.count < self.depth.get() {
-            let Some(buffer) = shared.buffers.take(self.count == 0) else { return (self.count > 0).then_some(()) };
-            let job = match shared.next_job(self.count == 0) {
+            // Not before there is room for the longest read is it decided what is read.
+            let Some(room) = shared.large.take(self.count == 0) else { return Some(()) };
+            let job = match self.next.take().map_or_else(|| shared.next_job(self.count == 0), Taken::Job) {
                 Taken::Job(job) => job,
                 Taken::Nothing => {
-                    shared.buffers.give_back(buffer);
                     self.depth.was_idle(self.epoch.elapsed());
                     return Some(());
                 }
-                Taken::Over => {
-                    shared.buffers.give_back(buffer);
-                    return None;
-                }
+                Taken::Over => return None,
             };
             if self.count == 0 {
                 self.depth.was_idle(self.epoch.elapsed());
+            }
+            let mut buffer = room;
+            if shared.small.fits(Extent::of(&job).length as usize) {
+                match shared.small.take(self.count == 0) {
+                    Some(small) => buffer = small,
+                    None => {
+                        self.next = Some(job);
+                        return Some(());
+                    }
+                }
+            }
+            if buffer.is_none() {
+                return None;
             }
             let read = Read { job, buffer, outcome: Ok(0), seconds: 0.0 };
             self.begin(shared, read);

@@ -175,13 +175,10 @@ impl Filter {
     /// Sends the retained pages of all outstanding references.
     pub(super) fn replace_outstanding(&mut self) -> Result<u64, EngineError> {
         let mut retained = Vec::with_capacity(self.window.outstanding());
-        while let Some(number) = self.window.oldest() {
-            match self.window.take(number) {
-                Ok(Some(page)) => {
-                    self.travel.span(page.pfn, 1, Way::Replaced);
-                    retained.push(page);
-                }
-                _ => break,
+        for number in self.window.numbers() {
+            if let Ok(Some(page)) = self.window.take(number) {
+                self.travel.span(page.pfn, 1, Way::Replaced);
+                retained.push(page);
             }
         }
         self.stats.references_replaced += retained.len() as u64;
