@@ -183,7 +183,7 @@ impl Restorer {
             waiting: Mutex::default(),
             work: Condvar::new(),
             disks,
-            hasher: PageHasher::new(key),
+            hasher: PageHasher::new(&key),
             bounds: Bounds { read_bytes: read_bytes as u64, gap_bytes: config.gap_bytes },
             large: Buffers::new(small, large, large_bytes),
             small: Buffers::new(0, small, SMALL),
@@ -344,7 +344,7 @@ impl Shared {
         Ok(got + disk.read(rest, extent.start + got as u64)?)
     }
 
-    /// Looks at what some reads brought, all their pages at once: the more there are, the better are the hashes' lanes used.
+    /// Looks at what some reads brought, at once.
     fn verify(&self, mut reads: Vec<Read>) -> Vec<Batch> {
         let mut came = Vec::with_capacity(reads.len());
         for read in &mut reads {

@@ -139,7 +139,7 @@ impl SourceFilter {
         let may_refer = side.is_some() && config.references;
         let knowledge = Arc::new(Knowledge {
             map,
-            hasher: side.as_ref().map(|side| PageHasher::new(side.key)),
+            hasher: side.as_ref().map(|side| PageHasher::new(&side.key)),
             opened: side
                 .as_ref()
                 .map_or_else(Vec::new, |side| side.disks.iter().map(Option::is_some).collect()),
