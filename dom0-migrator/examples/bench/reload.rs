@@ -73,13 +73,14 @@ pub fn run(args: &Args) -> Result<(), Failed> {
     restorer.push(references.by_ref().take(outstanding));
     let (mut loaded, mut reads) = (0, 0);
     while loaded < total {
-        let batch = restorer.results.recv()?;
-        if let Some(refused) = batch.loaded.iter().find(|loaded| loaded.outcome.is_err()) {
-            return Err(format!("page {} was refused: {:?}", refused.pfn, refused.outcome).into());
+        for batch in restorer.results.recv()? {
+            if let Some(refused) = batch.loaded.iter().find(|loaded| loaded.outcome.is_err()) {
+                return Err(format!("page {} was refused: {:?}", refused.pfn, refused.outcome).into());
+            }
+            loaded += batch.loaded.len();
+            reads += 1;
+            restorer.push(references.by_ref().take(batch.loaded.len()));
         }
-        loaded += batch.loaded.len();
-        reads += 1;
-        restorer.push(references.by_ref().take(batch.loaded.len()));
     }
     let seconds = began.elapsed().as_secs_f64();
     let rate = (total * PAGE) as f64 / seconds;

@@ -43,11 +43,12 @@
 //! References are numbered from 0 without a gap, through all records. N is the sum of the counts of raw spans, R that
 //! of reference spans.
 //!
-//! A hash is the first 16 octets of BLAKE3 keyed with the migration's random key: who chooses page contents, but does not know
-//! the key, cannot make two pages with the same hash.
+//! A hash is the 16 octets of AEGIS-128L's MAC ([`page_hash`](super::page_hash)) under the migration's random key: who chooses page contents, but does
+//! not know the key, cannot make two pages with the same hash.
 
 use super::error::StreamProblem;
 use super::late_writes;
+use super::page_hash::PageHasher;
 use super::xen_stream::{Entry, MAX_BATCH, MAX_PFN, NOTAB, PAGE, has_data, is_known_type, u32_at, u64_at};
 
 /// Type of the record.
@@ -76,9 +77,7 @@ pub type Hash = [u8; HASH];
 
 /// Hashes a page.
 pub fn hash(key: &[u8; 32], page: &[u8]) -> Hash {
-    let mut out = [0; HASH];
-    out.copy_from_slice(&blake3::keyed_hash(key, page).as_bytes()[..HASH]);
-    out
+    PageHasher::new(key).hash(page)
 }
 
 /// What the entries of a span are.

@@ -44,6 +44,7 @@ mod error;
 pub(crate) mod fault;
 mod intake;
 pub mod late_writes;
+mod memory;
 pub mod memory_record;
 mod outlet;
 mod page_hash;

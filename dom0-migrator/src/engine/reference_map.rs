@@ -96,6 +96,9 @@ impl Segment {
     }
 }
 
+/// Segments that are sorted at once, about: with their keys they fit into a processor's own cache.
+const PART: usize = 4096;
+
 /// PFN -> place on disk, built from the lists that the guest published. All of it is hints.
 ///
 /// Runs are inserted in any order; where two name the same page, the last one wins. [`seal`](Self::seal) sorts them, and only
@@ -169,8 +172,7 @@ impl ReferenceMap {
         if self.sealed {
             return;
         }
-        let mut order: Vec<u32> = (0..self.segments.len() as u32).collect();
-        order.sort_unstable_by_key(|&index| (self.segments[index as usize].pfn(), index));
+        let mut order = self.in_order();
         let mut sorted: Vec<Segment> = Vec::with_capacity(self.segments.len());
         let mut push = |segment: Segment| {
             if !sorted.last_mut().is_some_and(|last| last.try_extend(segment)) {
@@ -201,6 +203,42 @@ impl ReferenceMap {
             *(if segment.written() { &mut self.pages_written } else { &mut self.pages_read }) +=
                 segment.pages();
         }
+    }
+
+    /// The segments' indices in the order of their PFNs, and where these are equal in that of their insertion.
+    ///
+    /// They are parted by their PFN first, so that what is sorted in each part fits into a cache, however large the guest is: the cost of a
+    /// segment does not grow with their number.
+    fn in_order(&self) -> Vec<u32> {
+        let count = self.segments.len();
+        let mut shift = 0;
+        while self.max_pfn >> shift > (count / PART) as u64 {
+            shift += 1;
+        }
+        let part_of = |segment: &Segment| (segment.pfn() >> shift) as usize;
+        // For each part how many there are, then where its next one goes, and in the end where it ends. `insert_run` has bounded the PFNs.
+        let mut places = vec![0_usize; (self.max_pfn >> shift) as usize + 1];
+        self.segments.iter().for_each(|segment| places[part_of(segment)] += 1);
+        let mut begin = 0;
+        for place in &mut places {
+            begin += std::mem::replace(place, begin);
+        }
+        let mut order = vec![0_u32; count];
+        for (index, segment) in (0..).zip(&self.segments) {
+            let place = &mut places[part_of(segment)];
+            order[*place] = index;
+            *place += 1;
+        }
+        let (mut begin, mut keys) = (0, Vec::new());
+        for end in places {
+            let part = &mut order[begin..end];
+            keys.clear();
+            keys.extend(part.iter().map(|&index| (self.segments[index as usize].pfn(), index)));
+            keys.sort_unstable();
+            part.iter_mut().zip(&keys).for_each(|(to, key)| *to = key.1);
+            begin = end;
+        }
+        order
     }
 
     /// Where the page lies, if the lists say so. `None` for every page while the map is not sealed.
@@ -330,6 +368,27 @@ mod tests {
         map.seal();
         assert_eq!(map.len(), 1);
         assert_eq!(map.lookup(Pfn(0)), Some(Place { disk: 0, offset: 3 * 8192 }));
+    }
+
+    /// More than are sorted at once, in no order, and some of them twice.
+    #[test]
+    fn many_parts_are_sorted_as_one() {
+        let runs = 5 * PART as u64;
+        let mut map = ReferenceMap::new(Pfn(runs * 3));
+        let scattered = |number: u64| number * 7919 % runs;
+        for number in 0..runs {
+            let place = scattered(number);
+            map.insert_run(&run(place * 3, 2, 1, place * 1_000_448, ListKind::Read)).unwrap();
+        }
+        for place in (0..runs).step_by(1000) {
+            map.insert_run(&run(place * 3, 2, 2, place * 512, ListKind::Read)).unwrap();
+        }
+        map.seal();
+        for place in 0..runs {
+            let expected = if place % 1000 == 0 { (1, place * 512) } else { (0, place * 1_000_448) };
+            let found = map.lookup(Pfn(place * 3)).map(|found| (found.disk, found.offset));
+            assert_eq!((found, map.lookup(Pfn(place * 3 + 2))), (Some(expected), None), "{place}");
+        }
     }
 
     proptest! {

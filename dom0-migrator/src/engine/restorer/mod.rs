@@ -13,13 +13,13 @@
 //!
 //! Where the kernel has no io_uring, or forbids it, threads that wait in `pread(2)` do the same.
 
+mod buffers;
 mod depth;
 mod queue;
 mod ring;
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -27,16 +27,23 @@ use std::time::Instant;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::config::Config;
-use super::disk::{ALIGNMENT, AlignedBuffer, Disk};
+use super::disk::{ALIGNMENT, Disk};
 use super::memory_record::Hash;
 use super::page_hash::PageHasher;
 use super::side_message::Refusal;
 use super::xen_stream::PAGE;
+use buffers::{Buffers, ReadBuffer};
 use queue::{Bounds, Job, Queue};
 use ring::Ring;
 
 /// Longest read, whatever the configuration says: what a block device takes at once is less (`max_sectors_kb`).
 const LONGEST_READ: usize = 8 << 20;
+
+/// Bytes of a small buffer.
+const SMALL: usize = 128 << 10;
+
+/// Pages that are looked at together, or a few more: reads that are done together go to the verifiers in groups of this size.
+const PAGES_TOGETHER: usize = 128;
 
 /// Where a reference lies, and its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -72,8 +79,7 @@ pub struct Loaded {
 /// What one read brought. Dropped, its buffer is read into again.
 #[derive(Debug)]
 pub struct Batch {
-    buffer: AlignedBuffer,
-    home: Sender<AlignedBuffer>,
+    buffer: ReadBuffer,
     /// The references that it covers.
     pub loaded: Vec<Loaded>,
     /// Bytes read.
@@ -91,18 +97,11 @@ impl Batch {
     }
 }
 
-impl Drop for Batch {
-    fn drop(&mut self) {
-        // There is room for every buffer that there is.
-        let _ = self.home.try_send(std::mem::take(&mut self.buffer));
-    }
-}
-
 /// A read that is done, or not yet.
 #[derive(Debug)]
 struct Read {
     job: Job,
-    buffer: AlignedBuffer,
+    buffer: ReadBuffer,
     /// Bytes read.
     outcome: io::Result<usize>,
     seconds: f64,
@@ -147,19 +146,18 @@ struct Shared {
     disks: Vec<Option<Disk>>,
     hasher: PageHasher,
     bounds: Bounds,
-    home: Sender<AlignedBuffer>,
-    buffers: Receiver<AlignedBuffer>,
-    /// Buffers that were not needed yet. One that was used before is preferred: its memory is there, and warm.
-    unused: AtomicUsize,
-    buffer_bytes: usize,
+    /// For reads of any length.
+    large: Arc<Buffers>,
+    /// For those that are no longer than this, as most are.
+    small: Arc<Buffers>,
 }
 
 /// The queue, and the threads that read.
 #[derive(Debug)]
 pub struct Restorer {
     shared: Arc<Shared>,
-    /// Batches that are ready, in no order.
-    pub results: Receiver<Batch>,
+    /// Batches that are ready, in no order, as many at once as were looked at together.
+    pub results: Receiver<Vec<Batch>>,
     #[cfg_attr(not(test), expect(dead_code, reason = "they are not waited for, but in tests"))]
     threads: Vec<JoinHandle<()>>,
 }
@@ -174,18 +172,21 @@ impl Restorer {
         let read_bytes = config.read_bytes.clamp(PAGE, LONGEST_READ);
         let readers = config.readers.max(1);
         // A read begins and ends at whole blocks.
-        let buffers = (config.in_flight_bytes / (read_bytes + 2 * ALIGNMENT)).max(2);
-        let (home, buffers_rx) = bounded(buffers);
+        let large_bytes = read_bytes + 2 * ALIGNMENT;
+        // Reads that wait to be hashed and written are no more than those that the disk is worth, or the memory of small ones would
+        // be all over the place.
+        let small = if large_bytes > SMALL { config.queue_depth.max(1) * 2 } else { 0 };
+        let small = small.min(config.in_flight_bytes / 4 / SMALL);
+        let large = ((config.in_flight_bytes - small * SMALL) / large_bytes).max(2);
+        let buffers = small + large;
         let shared = Arc::new(Shared {
             waiting: Mutex::default(),
             work: Condvar::new(),
             disks,
-            hasher: PageHasher::new(key),
+            hasher: PageHasher::new(&key),
             bounds: Bounds { read_bytes: read_bytes as u64, gap_bytes: config.gap_bytes },
-            home,
-            buffers: buffers_rx,
-            unused: AtomicUsize::new(buffers),
-            buffer_bytes: read_bytes + 2 * ALIGNMENT,
+            large: Buffers::new(small, large, large_bytes),
+            small: Buffers::new(0, small, SMALL),
         });
         let (done, done_rx) = bounded::<Vec<Read>>(buffers);
         let (results_tx, results) = bounded(buffers);
@@ -197,18 +198,19 @@ impl Restorer {
             let (shared, done, results) = (Arc::clone(&shared), done_rx.clone(), results_tx.clone());
             let verify = move || {
                 while let Ok(reads) = done.recv() {
-                    for read in reads {
-                        if results.send(shared.verify(read)).is_err() {
-                            return;
-                        }
+                    if results.send(shared.verify(reads)).is_err() {
+                        return;
                     }
                 }
             };
             spawn(format!("target-hash-{number}"), Box::new(verify))?;
         }
-        let most = config.queue_depth.clamp(1, buffers);
-        let ring =
-            if config.io_uring { Ring::new(config.queue_depth_first, most).map(Some) } else { Ok(None) };
+        let most = config.queue_depth.clamp(1, large);
+        let ring = if config.io_uring {
+            Ring::new(config.queue_depth_first, most, buffers).map(Some)
+        } else {
+            Ok(None)
+        };
         let ring = ring.unwrap_or_else(|error| {
             tracing::info!(%error, readers, "no io_uring here: reading with threads");
             None
@@ -273,8 +275,8 @@ impl Drop for Restorer {
     fn drop(&mut self) {
         self.shared.lock().stopped = true;
         self.shared.work.notify_all();
-        // One that waits for a buffer is to look again.
-        let _ = self.shared.home.try_send(AlignedBuffer::default());
+        self.shared.large.end();
+        self.shared.small.end();
         // The threads end by themselves, after the reads that are under way. They are not waited for: a slow disk shall not
         // hold up a migration that no longer needs it.
     }
@@ -283,23 +285,6 @@ impl Drop for Restorer {
 impl Shared {
     fn lock(&self) -> std::sync::MutexGuard<'_, Waiting> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn give_back(&self, buffer: AlignedBuffer) {
-        let _ = self.home.try_send(buffer);
-    }
-
-    /// A buffer, which is waited for if it may be.
-    fn buffer(&self, may_wait: bool) -> Option<AlignedBuffer> {
-        if let Ok(used) = self.buffers.try_recv() {
-            return Some(used);
-        }
-        let fewer = |unused: usize| unused.checked_sub(1);
-        if self.unused.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fewer).is_ok() {
-            // Zeroed memory of this size takes no memory before it is read into.
-            return Some(AlignedBuffer::with_room(self.buffer_bytes));
-        }
-        if may_wait { self.buffers.recv().ok() } else { None }
     }
 
     fn disk(&self, index: u8) -> Option<&Disk> {
@@ -325,13 +310,13 @@ impl Shared {
 
     /// Reads one job after the other.
     fn read_alone(&self, done: &Sender<Vec<Read>>) {
-        while let Some(mut buffer) = self.buffer(true) {
-            let Taken::Job(job) = self.next_job(true) else {
-                // Others may be waiting for the one that says it is over.
-                self.give_back(buffer);
-                return;
-            };
+        loop {
+            // Not before there is room for the longest read is it decided what is read.
+            let room = self.large.take(true);
+            let Taken::Job(job) = self.next_job(true) else { return };
             let extent = Extent::of(&job);
+            let buffer = if self.small.fits(extent.length as usize) { self.small.take(true) } else { room };
+            let Some(mut buffer) = buffer.filter(|buffer| !buffer.is_none()) else { return };
             let began = Instant::now();
             let outcome = match self.disk(extent.disk) {
                 Some(disk) => disk.read(buffer.get(extent.length as usize), extent.start),
@@ -359,44 +344,54 @@ impl Shared {
         Ok(got + disk.read(rest, extent.start + got as u64)?)
     }
 
-    /// Looks at what a read brought.
-    fn verify(&self, mut read: Read) -> Batch {
-        let extent = Extent::of(&read.job);
-        let length = self.complete(&mut read, extent).unwrap_or_else(|error| {
-            let Extent { disk, start, length } = extent;
-            tracing::warn!(%error, disk, offset = start, length, "cannot read");
-            0
-        });
+    /// Looks at what some reads brought, at once.
+    fn verify(&self, mut reads: Vec<Read>) -> Vec<Batch> {
+        let mut came = Vec::with_capacity(reads.len());
+        for read in &mut reads {
+            let extent = Extent::of(&read.job);
+            let length = self.complete(read, extent).unwrap_or_else(|error| {
+                let Extent { disk, start, length } = extent;
+                tracing::warn!(%error, disk, offset = start, length, "cannot read");
+                0
+            });
+            came.push((extent.start, length));
+        }
         let began = Instant::now();
-        let bytes = read.buffer.bytes().get(..length).unwrap_or_default();
-        let place = |key: &Key| {
-            let at = (key.offset - extent.start) as usize;
-            Some((at, bytes.get(at..at + PAGE)?))
-        };
-        let pages: Vec<&[u8]> =
-            read.job.wanted.iter().filter_map(|(key, _)| place(key)).map(|(_, page)| page).collect();
+        let mut pages: Vec<&[u8]> = Vec::with_capacity(PAGES_TOGETHER);
+        for (read, came) in reads.iter().zip(&came) {
+            pages
+                .extend(read.job.wanted.iter().filter_map(|(key, _)| place(read, *came, key)).map(|it| it.1));
+        }
         let mut hashes = Vec::with_capacity(pages.len());
         self.hasher.hash_all(&pages, &mut hashes);
         let mut hashes = hashes.into_iter();
-        let loaded = read.job.wanted.iter().map(|(key, wanted)| {
-            let outcome = match place(key) {
-                None => Err(Refusal::IoError),
-                // Hashes are of those pages that are there, in the same order.
-                Some((at, _)) if hashes.next() == Some(wanted.hash) => Ok(at),
-                Some(_) => Err(Refusal::Hash),
-            };
-            Loaded { pfn: wanted.pfn, number: key.number, outcome }
+        let hash_seconds = began.elapsed().as_secs_f64() / reads.len().max(1) as f64;
+        let batches = reads.into_iter().zip(came).map(|(read, came)| {
+            let loaded = read.job.wanted.iter().map(|(key, wanted)| {
+                let outcome = match place(&read, came, key) {
+                    None => Err(Refusal::IoError),
+                    // Hashes are of those pages that are there, in the same order.
+                    Some((at, _)) if hashes.next() == Some(wanted.hash) => Ok(at),
+                    Some(_) => Err(Refusal::Hash),
+                };
+                Loaded { pfn: wanted.pfn, number: key.number, outcome }
+            });
+            Batch {
+                loaded: loaded.collect(),
+                buffer: read.buffer,
+                read_bytes: came.1 as u64,
+                read_seconds: read.seconds,
+                hash_seconds,
+            }
         });
-        let loaded = loaded.collect();
-        Batch {
-            loaded,
-            buffer: read.buffer,
-            home: self.home.clone(),
-            read_bytes: length as u64,
-            read_seconds: read.seconds,
-            hash_seconds: began.elapsed().as_secs_f64(),
-        }
+        batches.collect()
     }
+}
+
+/// Where in the buffer a reference's page lies, and its bytes, if the read that came (its offset and length) has it.
+fn place<'a>(read: &'a Read, (start, length): (u64, usize), key: &Key) -> Option<(usize, &'a [u8])> {
+    let at = (key.offset - start) as usize;
+    Some((at, read.buffer.bytes().get(..length)?.get(at..at + PAGE)?))
 }
 
 #[cfg(test)]
@@ -430,11 +425,16 @@ mod tests {
         }
     }
 
+    /// Batches as they come.
+    fn batches(restorer: &Restorer) -> impl Iterator<Item = Batch> + '_ {
+        std::iter::repeat_with(|| restorer.results.recv().unwrap()).flatten()
+    }
+
     fn read_neighbours(io_uring: bool) {
         let (_file, restorer) = restorer(64, &Config { readers: 1, io_uring, ..Config::default() });
         restorer.push([7, 5, 6, 8, 60].into_iter().enumerate().map(|(i, page)| wanted(i as u64, page)));
-        let batches = [restorer.results.recv().unwrap(), restorer.results.recv().unwrap()];
-        let mut lengths = batches.each_ref().map(|batch| batch.read_bytes);
+        let batches: Vec<Batch> = batches(&restorer).take(2).collect();
+        let mut lengths: Vec<u64> = batches.iter().map(|batch| batch.read_bytes).collect();
         lengths.sort_unstable();
         assert_eq!(lengths, [4096, 4 * 4096]);
         for batch in &batches {
@@ -452,7 +452,7 @@ mod tests {
         let (key, _) = wanted(0, 1);
         let (_, other) = wanted(0, 2);
         restorer.push([(key, other)].into_iter());
-        let batch = restorer.results.recv().unwrap();
+        let batch = batches(&restorer).next().unwrap();
         assert_eq!(batch.loaded[0].outcome, Err(Refusal::Hash));
         assert_eq!(restorer.check(0, 4 * 4096), Err(Refusal::OutOfBounds));
         assert_eq!(restorer.check(0, 100), Err(Refusal::OutOfBounds));
@@ -468,13 +468,46 @@ mod tests {
             file.as_file().set_len(2 * PAGE as u64 + 512).unwrap();
             restorer.push((0..4).map(|page| wanted(u64::from(page), page)));
             let mut outcomes = vec![None; 4];
+            let mut batches = batches(&restorer);
             while outcomes.contains(&None) {
-                for loaded in &restorer.results.recv().unwrap().loaded {
+                for loaded in &batches.next().unwrap().loaded {
                     outcomes[loaded.number as usize] = Some(loaded.outcome.map(|_| ()));
                 }
             }
             let refused = Some(Err(Refusal::IoError));
             assert_eq!(outcomes, [Some(Ok(())), Some(Ok(())), refused, refused]);
+        }
+    }
+
+    /// Short reads wait for small buffers, of which there are few, and take no large ones instead.
+    #[test]
+    fn reads_that_wait_for_small_buffers_come_all_the_same() {
+        for io_uring in [true, false] {
+            let config = Config {
+                read_bytes: 256 << 10,
+                in_flight_bytes: 1 << 20,
+                gap_bytes: 0,
+                io_uring,
+                ..Config::default()
+            };
+            let (_file, restorer) = restorer(64, &config);
+            let shared = Arc::clone(&restorer.shared);
+            assert!(shared.small.fits(SMALL) && !shared.small.fits(SMALL + 1));
+            restorer.push((0..16).map(|page| wanted(u64::from(page), 4 * page)));
+            let mut held = std::collections::VecDeque::new();
+            let mut seen = std::collections::BTreeSet::new();
+            for batch in batches(&restorer).take(16) {
+                assert_eq!(batch.buffer.bytes().len(), SMALL);
+                seen.extend(
+                    batch.loaded.iter().filter(|loaded| loaded.outcome.is_ok()).map(|loaded| loaded.number),
+                );
+                // One fewer than there are, so that the next has one to come in.
+                held.push_back(batch);
+                if held.len() > 1 {
+                    held.pop_front();
+                }
+            }
+            assert_eq!(seen.len(), 16);
         }
     }
 
@@ -491,7 +524,7 @@ mod tests {
             };
             let (_file, mut restorer) = restorer(32, &config);
             restorer.push((0..16).map(|page| wanted(u64::from(page), 2 * page)));
-            let batch = restorer.results.recv().unwrap();
+            let batch = batches(&restorer).next().unwrap();
             let threads = std::mem::take(&mut restorer.threads);
             drop(restorer);
             drop(batch);

@@ -175,6 +175,9 @@ impl Filter {
     fn limit_window(&mut self) {
         let left = self.config.window_bytes.saturating_sub(self.outlet.backlog()) / PAGE as u64;
         self.window.limit(u32::try_from(left).unwrap_or(u32::MAX));
+        // What the window has room for still may lie in free buffers, so that the next record that it keeps need not be taken from the system.
+        let spare = (left * PAGE as u64).saturating_sub(self.window.bytes());
+        self.pool.hold_spare(if self.may_refer { spare } else { 0 });
     }
 
     /// Waits until the target has said something, or the wire has taken something.

@@ -44,6 +44,8 @@ pub(super) struct Filter {
     pub(super) outlet: Outlet<Pages, Sender<()>>,
     /// Buffers for copies of retained pages. They are not the input's, for which the input might be waiting.
     pub(super) copies: Pool,
+    /// The input's.
+    pub(super) pool: Pool,
     pub(super) knowledge: Arc<Knowledge>,
     pub(super) side: Option<Side>,
     pub(super) mode: Mode,

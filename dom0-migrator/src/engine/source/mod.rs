@@ -66,8 +66,8 @@ pub use looks::{Looks, PassLooks};
 use side::Side;
 use work::{Knowledge, Pass, ToWorkers, Workers};
 
-/// Records on their way through the filter at once, beside those that workers hold: a few that wait for their turn, a few
-/// that wait for the wire.
+/// Records on their way through the filter at once, beside those that workers hold and those that the window keeps: a few that wait for
+/// their turn, a few that wait for the wire.
 const BUFFERS: usize = 6;
 /// Parcels on their way to the wire at most. What they hold is bounded in bytes, by the pools and by the filter.
 const BEHIND: usize = 1024;
@@ -154,7 +154,7 @@ impl SourceFilter {
             .map_or((None, None), |(looks, taken)| (Some(Arc::new(looks)), Some(taken)));
         let knowledge = Arc::new(Knowledge {
             map,
-            hasher: side.as_ref().map(|side| PageHasher::new(side.key)),
+            hasher: side.as_ref().map(|side| PageHasher::new(&side.key)),
             opened: side
                 .as_ref()
                 .map_or_else(Vec::new, |side| side.disks.iter().map(Option::is_some).collect()),
@@ -169,12 +169,13 @@ impl SourceFilter {
             let _ = done.send(());
         })
         .map_err(EngineError::Start)?;
+        let pool = Pool::new(BUFFERS + hashers);
         let intake = Intake::start(
             "source-intake",
             Input::new(from_save),
             (ringer.clone(), bell),
             Arc::clone(&aborted),
-            Pool::new(BUFFERS + hashers),
+            pool.clone(),
             requests_rx,
             ToWorkers { workers, pass: Pass::default() },
         )
@@ -183,6 +184,7 @@ impl SourceFilter {
             arrived: intake.arrived.clone(),
             outlet,
             copies: Pool::new(COPIES),
+            pool,
             knowledge,
             mode: if side.is_some() { Mode::Filter } else { Mode::PassThrough },
             may_refer,

@@ -15,8 +15,8 @@ use crate::engine::xen_stream::{
 };
 
 impl Filter {
-    /// Decides for every entry how it goes, fills the builder, and keeps copies of the pages that go by reference. False: the
-    /// record is best sent as it is (nothing of it goes by reference then).
+    /// Decides for every entry how it goes, fills the builder, and retains the pages that go by reference: in the record itself, if the
+    /// window has room for all of it. False: the record is best sent as it is (nothing of it goes by reference then).
     ///
     /// `refer`: pages may go by reference. Not those of a record that names PFNs out of order, perhaps twice, which libxenguest never does:
     /// the later entry would have to supersede the earlier one.
@@ -27,11 +27,14 @@ impl Filter {
         self.raw.clear();
         let refer = refer && self.may_refer;
         let mut hashes = record.hashes.iter();
-        let (mut zeros, mut left) = (0, 0);
+        let in_place = refer && self.keep_record(pages, record);
+        let (mut zeros, mut left, mut data_page) = (0, 0, 0);
         let mut at = record.header.length as usize - record_pages(record) * PAGE;
         for ((entry, page), class) in pages.pages_by_entry().zip(&record.classes) {
             let here = at..at + page.map_or(0, |_| PAGE);
             at = here.end;
+            let index = data_page;
+            data_page += usize::from(page.is_some());
             let is_short = matches!(class, Class::NoData | Class::Zero);
             if leave && !is_short && self.left_out.may_leave(entry.pfn) {
                 if matches!(class, Class::Hashed(_)) {
@@ -56,8 +59,14 @@ impl Filter {
                 (Class::Hashed(place), Some(page)) => {
                     let hash = hashes.next();
                     let hash = hash.filter(|_| refer);
-                    match (hash, self.disk(place)) {
-                        (Some(hash), Some(disk)) if self.window.retain(entry.pfn, page).is_some() => {
+                    let window = &mut self.window;
+                    let mut retain = || match in_place {
+                        true => window.retain_here(entry.pfn, index),
+                        false => window.retain(entry.pfn, page),
+                    };
+                    let disk = self.side.as_ref().and_then(|side| side.disk(place));
+                    match (hash, disk) {
+                        (Some(hash), Some(disk)) if retain().is_some() => {
                             self.builder.hashes.push(*hash);
                             SpanKind::Reference { disk, offset: place.offset }
                         }
@@ -77,6 +86,7 @@ impl Filter {
             self.builder.push(entry, kind);
         }
         self.stats.pages_left_out += left;
+        self.window.end_record();
         self.stats.hashing_seconds += record.hashing_seconds;
         let peak = &mut self.stats.references_outstanding_peak;
         *peak = (*peak).max(self.window.outstanding() as u64);
@@ -94,14 +104,21 @@ impl Filter {
         }
     }
 
-    /// The index in the hello of the disk that a place is on, if the target has opened it.
-    fn disk(&self, place: Place) -> Option<u8> {
-        self.side.as_ref()?.disks.get(place.disk as usize).copied().flatten()
+    /// Has the window keep the record itself, if it has room for it. While the wire is behind it has none: what waits for the wire shares its
+    /// budget.
+    fn keep_record(&mut self, pages: &PageData<'_>, record: &Record) -> bool {
+        if self.is_behind() {
+            return false;
+        }
+        let Some(body) = record.body.keep() else { return false };
+        let pages_at = record.header.length as usize - pages.data.len();
+        let hashed = record.classes.iter().filter(|class| matches!(class, Class::Hashed(_))).count();
+        self.window.begin_record(body, pages_at, hashed)
     }
 
     /// Counts a page that a list names and that goes raw all the same.
     fn count_unreferred(&mut self, place: Place) {
-        match self.disk(place) {
+        match self.side.as_ref().and_then(|side| side.disk(place)) {
             None => self.stats.pages_disk_missing += 1,
             Some(_) => self.stats.pages_window_full += 1,
         }

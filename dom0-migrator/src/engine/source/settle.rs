@@ -71,6 +71,7 @@ impl Filter {
             drain.report.synced = drain.sync.is_some() && is_synced;
             self.stats.drain_seconds += elapsed;
             self.window.close();
+            self.pool.hold_spare(0);
             self.publish();
             let _ = drain.reply.send(drain.report);
         }
@@ -131,13 +132,20 @@ impl Filter {
             if first + u64::from(count) > self.window.next_number() {
                 return self.lose_side(&never_sent);
             }
+            // Of those PFNs that follow each other: the first, and how many.
+            let (mut from, mut pages) = (0, 0);
             for number in first..first + u64::from(count) {
                 if let Ok(Some(retained)) = self.window.take(number) {
-                    self.window.release(retained.slot);
+                    self.window.release(retained);
                     self.stats.references_accepted += 1;
-                    self.travel.span(retained.pfn, 1, Way::Accepted);
+                    if retained.pfn != from + pages {
+                        self.travel.span(from, pages, Way::Accepted);
+                        (from, pages) = (retained.pfn, 0);
+                    }
+                    pages += 1;
                 }
             }
+            self.travel.span(from, pages, Way::Accepted);
         }
         let mut refused = Vec::new();
         for &(number, reason) in &verdicts.refused {
@@ -178,7 +186,7 @@ impl Filter {
         Ok(retained.len() as u64)
     }
 
-    /// Sends retained pages as ordinary PAGE_DATA and gives their slots back.
+    /// Sends retained pages as ordinary PAGE_DATA and gives their memory back.
     pub(super) fn send_retained(&mut self, retained: &[Retained]) -> Result<(), EngineError> {
         for batch in retained.chunks(MAX_BATCH) {
             let length = PAGE_DATA_HEAD + batch.len() * (8 + PAGE);
@@ -188,17 +196,17 @@ impl Filter {
                 let entry = Entry { pfn: page.pfn, page_type: NOTAB };
                 head.extend_from_slice(&entry.word().to_le_bytes());
             }
-            // The slots are given back below, long before the pages are written: so the pages are copied.
+            // Their memory is given back below, long before the pages are written: so the pages are copied.
             let mut copy = self.copies.take(batch.len() * PAGE);
             for (to, page) in copy.bytes_mut().chunks_exact_mut(PAGE).zip(batch) {
-                to.copy_from_slice(self.window.page(page.slot));
+                to.copy_from_slice(self.window.page(*page));
             }
             // Before anything newer of these PFNs, in whichever lane that goes.
             self.send_first(Parcel::whole(head, Pages::Record(copy)))?;
             self.stats.bytes_page_data += (batch.len() * PAGE) as u64;
         }
-        for page in retained {
-            self.window.release(page.slot);
+        for &page in retained {
+            self.window.release(page);
         }
         Ok(())
     }

@@ -9,7 +9,7 @@ use crossbeam_channel::{Receiver, bounded};
 
 use crate::engine::config::{Config, DiskName};
 use crate::engine::error::SideError;
-use crate::engine::reference_map::ReferenceMap;
+use crate::engine::reference_map::{Place, ReferenceMap};
 use crate::engine::side_message::{Answer, Hello, Report};
 use crate::engine::xen_stream::PAGE;
 
@@ -90,6 +90,11 @@ impl Side {
             .map_err(failed("starting the side channel's thread"))?;
         let window_pages = wanted.min(answer.max_outstanding);
         Ok((Self { key: hello.key, window_pages, disks: usable, events, socket, reader }, answer))
+    }
+
+    /// The index in the hello of the disk that a place is on, if the target has opened it.
+    pub(super) fn disk(&self, place: Place) -> Option<u8> {
+        self.disks.get(place.disk as usize).copied().flatten()
     }
 
     pub(super) fn close(self) {

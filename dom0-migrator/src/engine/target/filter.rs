@@ -1,5 +1,6 @@
 //! The target's filter at work: what comes in, record by record, and what the readers bring.
 
+use std::collections::hash_map::Entry as MapEntry;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, never, select};
@@ -102,6 +103,8 @@ pub(super) struct Filter {
     pub(super) side_ended: bool,
     pub(super) session: Option<Session>,
     pub(super) held: PfnMap<Held>,
+    /// No PFN in `held` is higher.
+    pub(super) highest_held: u64,
     pub(super) next_number: u64,
     pub(super) config: Config,
     pub(super) stats: TargetStats,
@@ -129,9 +132,9 @@ impl Filter {
             };
             // Network and disks take turns: if one always went first, the other would stand still while libxenguest is slower than that one.
             let arrived = select! {
-                recv(loaded) -> batch => {
-                    if let Ok(batch) = batch {
-                        self.hand_on(batch)?;
+                recv(loaded) -> batches => {
+                    if let Ok(batches) = batches {
+                        self.hand_on(batches)?;
                     }
                     continue;
                 }
@@ -244,20 +247,23 @@ impl Filter {
         }
     }
 
-    /// Hands on what disks have brought: this, and all that is there beside it, in records as long as libxenguest's own may be, since it
+    /// Hands on what disks have brought: these, and all that is there beside them, in records as long as libxenguest's own may be, since it
     /// maps and unmaps the guest's pages for each record. The verdicts are given once libxenguest has the pages in its pipe.
-    fn hand_on(&mut self, first: Batch) -> Result<(), EngineError> {
+    fn hand_on(&mut self, first: Vec<Batch>) -> Result<(), EngineError> {
         let results = self.session.as_ref().map_or_else(never, |session| session.restorer.results.clone());
         let mut joined = Joined::default();
         let mut next = Some(first);
-        while let Some(batch) = next {
-            let is_full = joined.pages.len() + batch.loaded.len() > MAX_BATCH;
-            if is_full {
-                self.send_joined(std::mem::take(&mut joined))?;
+        while let Some(batches) = next {
+            let mut was_full = false;
+            for batch in batches {
+                if joined.pages.len() + batch.loaded.len() > MAX_BATCH {
+                    self.send_joined(std::mem::take(&mut joined))?;
+                    was_full = true;
+                }
+                self.join(&mut joined, batch);
             }
-            self.join(&mut joined, batch);
             // What comes over the network is to have its turn too.
-            next = if is_full { None } else { results.try_recv().ok() };
+            next = if was_full { None } else { results.try_recv().ok() };
         }
         self.send_joined(joined)
     }
@@ -269,20 +275,20 @@ impl Filter {
         self.stats.disk_seconds += batch.read_seconds;
         self.stats.hashing_seconds += batch.hash_seconds;
         for loaded in &batch.loaded {
-            let Some(held) = self.held.get_mut(&loaded.pfn).filter(|held| held.number == loaded.number)
-            else {
+            let MapEntry::Occupied(mut held) = self.held.entry(loaded.pfn) else { continue };
+            if held.get().number != loaded.number {
                 continue;
-            };
+            }
             match loaded.outcome {
                 Ok(at) => {
-                    self.held.remove(&loaded.pfn);
+                    held.remove();
                     let entry = Entry { pfn: loaded.pfn, page_type: NOTAB };
                     joined.pages.push_page(entry, joined.batches.len(), at..at + PAGE);
                     self.stats.references_accepted += 1;
                     joined.verdicts.push((loaded.number, Ok(())));
                 }
                 Err(reason) => {
-                    held.waits_for_reader = false;
+                    held.get_mut().waits_for_reader = false;
                     count_refusal(&mut self.stats.refused, reason);
                     joined.verdicts.push((loaded.number, Err(reason)));
                 }
@@ -316,7 +322,8 @@ impl Filter {
 
     /// Drops the reference held for the PFN, since something newer has come.
     fn supersede(&mut self, pfn: u64, cancelled: &mut Vec<Key>) {
-        if self.held.is_empty() {
+        // In a pass PFNs ascend, so most are looked for in vain.
+        if self.held.is_empty() || pfn > self.highest_held {
             return;
         }
         if let Some(held) = self.held.remove(&pfn)
@@ -422,7 +429,10 @@ impl Filter {
         let mut out = PageDataOut::default();
         let (mut cancelled, mut verdicts) = (Vec::new(), Vec::new());
         let mut wanted = Vec::with_capacity(record.references());
+        let (mut ascend, mut behind) = (true, 0);
         for span in record.spans() {
+            ascend &= span.first.pfn >= behind;
+            behind = span.first.pfn + u64::from(span.count);
             for (index, entry) in span.entries().enumerate() {
                 self.supersede(entry.pfn, &mut cancelled);
                 match span.kind {
@@ -463,13 +473,11 @@ impl Filter {
         let peak = &mut self.stats.references_outstanding_peak;
         *peak = (*peak).max(self.held.len() as u64);
         if let Some(session) = self.session.as_ref().filter(|session| !session.lost && !wanted.is_empty()) {
-            // A PFN may stand twice in a record: the later entry has superseded the earlier.
+            // Unless they ascend, a PFN may stand twice in a record: the later entry has superseded the earlier.
             let held = &self.held;
-            session.restorer.push(
-                wanted.into_iter().filter(|(key, wanted)| {
-                    held.get(&wanted.pfn).is_some_and(|held| held.number == key.number)
-                }),
-            );
+            session.restorer.push(wanted.into_iter().filter(|(key, wanted)| {
+                ascend || held.get(&wanted.pfn).is_some_and(|held| held.number == key.number)
+            }));
         }
         self.give_verdicts(verdicts);
         Ok(out)
@@ -493,6 +501,7 @@ impl Filter {
         if let Some(reason) = refused {
             count_refusal(&mut self.stats.refused, reason);
         }
+        self.highest_held = if self.held.is_empty() { pfn } else { self.highest_held.max(pfn) };
         self.held.insert(pfn, Held { number, disk, offset, waits_for_reader: refused.is_none() });
         Ok(refused)
     }

@@ -107,6 +107,7 @@ impl TargetFilter {
             side_ended: false,
             session: None,
             held: PfnMap::default(),
+            highest_held: 0,
             next_number: 0,
             config,
             stats: TargetStats::default(),

@@ -83,7 +83,7 @@ prop_compose! {
         later in proptest::collection::vec(proptest::collection::vec((0..PFNS, content()), 1..40), 0..4),
         batch in 1_usize..64,
         events in proptest::collection::vec((0_usize..60, event()), 0..8),
-        window_pages in prop_oneof![Just(0_u64), 1_u64..16, Just(1000)],
+        window_pages in prop_oneof![Just(0_u64), 1_u64..16, 16_u64..150, Just(1000)],
         passes in prop_oneof![3 => Just(1_u32), 2 => Just(10)],
         ahead_bytes in prop_oneof![Just(0_u64), Just(100_000), Just(12 << 20)],
         no_patience in proptest::bool::weighted(0.2),

@@ -509,3 +509,19 @@ fn feed(
     reader.join().unwrap().unwrap();
     result
 }
+
+/// A stream that has its first memory right behind its headers, while the threads of the filter have only begun: as often as it takes one of them to
+/// be late.
+#[test]
+fn nothing_overtakes_the_headers() {
+    for _ in 0..300 {
+        let LoneSource { mut save, source, mut wire, side } = LoneSource::start(config());
+        let headers = beginning()[..40].to_vec();
+        save.write_all(&[headers.clone(), page_data(&[Sent::page(0, vec![0; PAGE])])].concat()).unwrap();
+        let mut came = [0; 40];
+        wire.read_exact(&mut came).unwrap();
+        assert_eq!(came, headers[..]);
+        drop((save, wire, side));
+        assert!(source.finish().is_err());
+    }
+}

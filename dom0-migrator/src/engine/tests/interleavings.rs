@@ -82,7 +82,7 @@ prop_compose! {
         steps in proptest::collection::vec(step(), 1..24),
         draws in proptest::collection::vec((any::<usize>(), 1_usize..12), 1..16),
         failing in proptest::collection::vec(proptest::bool::weighted(0.2), 1..16),
-        window_pages in prop_oneof![0_u64..24, Just(1000)],
+        window_pages in prop_oneof![0_u64..24, 24_u64..150, Just(1000)],
         ahead_bytes in prop_oneof![2 => Just(0_u64), 1 => Just(100_000), 1 => Just(12 << 20)],
         drain_timeout in prop_oneof![Just(Duration::ZERO), Just(Duration::from_millis(30)), Just(Duration::from_secs(20))],
     ) -> Plan {
