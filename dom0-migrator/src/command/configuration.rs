@@ -39,6 +39,8 @@ pub struct Configuration {
     pub compress: Compression,
     /// Seconds that the guest may take to publish its lists.
     pub wait_lists: u64,
+    /// Port on which the helper of a plain `xl migrate` waits for the target's; 0 for any that is free.
+    pub side_port: u16,
 }
 
 impl Default for Configuration {
@@ -52,6 +54,7 @@ impl Default for Configuration {
             connections: 4,
             compress: Compression::Off,
             wait_lists: 30,
+            side_port: 0,
         }
     }
 }

@@ -65,7 +65,7 @@ pub use config::{Config, DiskName};
 pub use error::{EngineError, HeaderProblem, SideError, StreamProblem};
 pub use late_writes::LateWrites;
 pub use reference_map::{MapError, Place, ReferenceMap};
-pub use source::{SourceFilter, SourceParts};
+pub use source::{Coming, SourceFilter, SourceParts};
 pub use summary::{
     DiskSummary, DrainReport, RefusalCounts, SourceStats, SourceSummary, TargetStats, TargetSummary,
 };

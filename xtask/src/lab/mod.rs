@@ -18,6 +18,8 @@ mod qmp;
 mod raised;
 mod run_dir;
 mod shell;
+pub mod ssh;
+mod storage;
 
 pub use cli::{Args, run};
 pub use flavour::Flavour;
@@ -26,6 +28,7 @@ pub use guest_size::GuestSize;
 pub use kernel::{Kernel, WORK};
 pub use machine::Spawned;
 pub use raised::{Lab, Options};
+pub use storage::FailingDisk;
 
 /// One of the two hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@ mod faults;
 mod guest_stream;
 mod interleavings;
 mod journey;
+mod late_side;
 mod pair;
 mod seen;
 mod storage;
