@@ -5,9 +5,6 @@ use anyhow::{Result, ensure};
 use crate::lab::Lab;
 use crate::step::step;
 
-/// Of the link, in bits per second: low enough that the link sets the pace, not the emulated processor.
-pub const LINK_BITS_PER_SECOND: u64 = 32_000_000;
-
 /// What the target's storage gave, in bytes per second.
 #[derive(Clone, Copy, Debug)]
 pub struct Rates {

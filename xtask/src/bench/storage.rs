@@ -8,7 +8,7 @@ use crate::lab::{self, Flavour, Lab};
 use crate::migration::{Options, migrate};
 use crate::proof;
 use crate::step::step;
-use crate::storage::{LINK_BITS_PER_SECOND, at_a_tenth};
+use crate::storage::at_a_tenth;
 
 /// Migrate to a host whose storage gives a tenth of what it gave just before, stock and Poolskip in turn.
 #[derive(Debug, clap::Args)]
@@ -16,6 +16,9 @@ pub struct Args {
     /// Pairs of a stock and a Poolskip migration
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pairs: u32,
+    /// Rate of the link between the hosts, in Mbit/s; low enough that the link sets the pace, not the emulated processor
+    #[arg(long, value_name = "MBIT", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rate: u32,
     /// The kind of guest
     #[arg(long, value_enum, default_value = "pv")]
     guest: Flavour,
@@ -32,7 +35,7 @@ pub fn run(args: &Args) -> Result<Report> {
     deployment.install(&lab)?;
     deployment.start_probe(&lab, "")?;
     let server = proof::server(&lab)?;
-    lab.set_link_rate(Some(LINK_BITS_PER_SECOND))?;
+    lab.set_link_rate(Some(u64::from(args.rate) * 1_000_000))?;
     let (mut stock, mut ours) = (Vec::new(), Vec::new());
     let (mut usual, mut slowed) = (Vec::new(), Vec::new());
     for pair in 0..args.pairs {

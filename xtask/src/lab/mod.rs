@@ -28,7 +28,6 @@ pub use guest_size::GuestSize;
 pub use kernel::{Kernel, WORK};
 pub use machine::Spawned;
 pub use raised::{Lab, Options};
-pub use storage::FailingDisk;
 
 /// One of the two hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

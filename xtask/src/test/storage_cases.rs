@@ -8,7 +8,10 @@ use crate::deployment::{LIMIT, host};
 use crate::lab::{Host, Lab};
 use crate::migration::{Options, Report, migrate, start_with};
 use crate::proof;
-use crate::storage::{LINK_BITS_PER_SECOND, at_a_tenth};
+use crate::storage::at_a_tenth;
+
+/// Of the link, while a migration is timed, in bits per second: low enough that it sets the pace, and not the emulated processor.
+const TIMED_LINK: u64 = 64_000_000;
 
 /// What the failing disk gives before it fails, in bytes per second: so little that it fails half-way, whatever the machine is.
 const BEFORE_FAILING: u64 = 4_000_000;
@@ -26,7 +29,7 @@ const METRICS: &str = "/run/migration.prom";
 /// same lab.
 pub(super) fn slow(bed: &Bed<'_>) -> Result<()> {
     let lab = &bed.lab;
-    lab.set_link_rate(Some(LINK_BITS_PER_SECOND))?;
+    lab.set_link_rate(Some(TIMED_LINK))?;
     let stock = migrate(lab, lab.guest_host()?, Options { stock: true, verify: false })?;
     let (ours, rates) = at_a_tenth(lab, || migrate(lab, lab.guest_host()?, Options::default()))?;
     println!(
