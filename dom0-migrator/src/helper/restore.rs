@@ -112,6 +112,14 @@ fn restore(
     report.verified = watch.enabled();
     report.verify_mismatches = watch.enabled().then_some(differences.unexplained);
     report.verify_late_writes = watch.enabled().then_some(differences.late_writes);
+    if peer.is_none() && watch.enabled() {
+        // libxenguest calls every page that differs an error.
+        let words = format!(
+            "poolskip: all pages compared: {} differ, and {} that were written to after the suspension",
+            differences.unexplained, differences.late_writes
+        );
+        channel.log(Level::INFO, &words);
+    }
     let restored = match (restored, finished) {
         (Ok(restored), Ok(_)) => restored,
         // Why the library found its stream cut short.
