@@ -22,7 +22,7 @@ pub struct Args {
 
 /// Boots the kernel, or raises the lab, and lets the boot test's program measure.
 ///
-/// Each sample is a pool of 8,192 frames of 16 KiB (2,048 where a database has the memory): begun, added in one call, published; then the same PFNs by pagemap, with one read for
+/// Each sample is a pool of 8,192 frames of 16 KiB (where a database has the memory, 2,048 frames four times over): begun, added in one call, published; then the same PFNs by pagemap, with one read for
 /// all frames that adjoin. `in_order` has the frames by address, as the probe gives them; `scattered` in no order.
 ///
 /// # Errors
