@@ -9,6 +9,7 @@
 //! * [`command`]: `migrate` and `receive`, which run `xl` with this program as its helper; [`control`] is what they say to
 //!   each other, [`handoff`] what they say to the helpers, [`report`] what comes of it;
 //! * [`inquiry`]: what `check` asks a target;
+//! * [`offer`]: how two helpers find each other that none of these commands has started;
 //! * [`handover`]: which side may run the domain, written down on both before it is done;
 //! * [`examination`]: what `doctor` asks another host;
 //! * [`timeline`], [`memory_map`]: what is seen of a migration from second to second and page by page;
@@ -26,6 +27,7 @@ pub mod html;
 pub mod inquiry;
 pub mod lists;
 pub mod memory_map;
+pub mod offer;
 pub mod parcel;
 pub mod report;
 pub mod report_file;

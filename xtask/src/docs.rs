@@ -114,6 +114,7 @@ fn programs() -> [(&'static [&'static str], Command); 3] {
 const OTHERS: &[&str] = &[
     "apt",
     "cargo",
+    "env",
     "fio",
     "insmod",
     "mdbook",
@@ -213,6 +214,7 @@ const MESSAGES: &[&str] = &[
     "dom0-migrator/src/handover/record.rs",
     "dom0-migrator/src/helper/arguments.rs",
     "dom0-migrator/src/helper/mod.rs",
+    "dom0-migrator/src/offer",
     "dom0-migrator/src/report_file/mod.rs",
     "dom0-migrator/src/xen/control.rs",
     "dom0-migrator/src/xen/library.rs",

@@ -24,6 +24,7 @@ mod plot;
 mod proof;
 mod setup;
 mod step;
+mod storage;
 mod test;
 mod volume_test;
 mod workload;

@@ -51,6 +51,20 @@ pub struct Classes {
     pub other: u64,
 }
 
+/// The source's counters, as far as the lab reads them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Source {
+    /// Refused references by reason.
+    pub refused: Refused,
+}
+
+/// Refused references by reason, as far as the lab reads them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct Refused {
+    /// The disk could not be read.
+    pub io_error: u64,
+}
+
 /// What `dom0-migrator migrate --json` writes, as far as the lab reads it.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Report {
@@ -71,6 +85,9 @@ pub struct Report {
     pub pages_accepted: Option<u64>,
     /// References that the target refused.
     pub pages_refused: Option<u64>,
+    /// The source's counters, of our helper alone.
+    #[serde(default)]
+    pub source: Option<Source>,
     /// The stream by class.
     #[serde(default)]
     pub bytes: Option<Classes>,

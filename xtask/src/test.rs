@@ -6,8 +6,10 @@ mod guest_cases;
 mod lab_cases;
 mod licences;
 mod pvh_cases;
+mod storage_cases;
 mod units;
 mod unsafe_code;
+mod xl_case;
 
 use std::process::Command;
 use std::time::Instant;

@@ -41,6 +41,8 @@ pub struct Configuration {
     pub wait_lists: u64,
     /// Whether the log of dirty pages is looked at during a pass, and pages that are marked again are left for a later one.
     pub peek: bool,
+    /// Port on which the helper of a plain `xl migrate` waits for the target's; 0 for any that is free.
+    pub side_port: u16,
 }
 
 impl Default for Configuration {
@@ -55,6 +57,7 @@ impl Default for Configuration {
             compress: Compression::Off,
             wait_lists: 30,
             peek: true,
+            side_port: 0,
         }
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::WebPkiClientVerifier;
@@ -114,6 +115,70 @@ impl Identity {
     /// What the handshake says: no certificate, one of another authority, one that has expired.
     pub fn accept(&self, tcp: &TcpStream) -> io::Result<Connection> {
         let connection = ServerConnection::new(self.server.clone()).map_err(io::Error::other)?;
+        shake_hands(connection.into(), tcp)
+    }
+}
+
+/// The name in a [`OneTime`] certificate: nothing is resolved by it.
+const ONE_TIME_NAME: &str = "one-time.poolskip.invalid";
+
+/// A certificate for a single migration, made by the side that is connected to. The one who connects knows it by another way, and takes no
+/// other; who connects is shown by what it says then.
+#[derive(Debug)]
+pub struct OneTime {
+    server: Arc<ServerConfig>,
+    pem: String,
+}
+
+impl OneTime {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// When the system gives no random bytes.
+    pub fn make() -> io::Result<Self> {
+        let key = KeyPair::generate().map_err(io::Error::other)?;
+        let certificate = CertificateParams::new(vec![ONE_TIME_NAME.to_owned()])
+            .and_then(|params| params.self_signed(&key))
+            .map_err(io::Error::other)?;
+        let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(io::Error::other)?;
+        let server = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(io::Error::other)?
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], key)
+            .map_err(io::Error::other)?;
+        Ok(Self { server: Arc::new(server), pem: certificate.pem() })
+    }
+
+    /// What the one who connects is to be given.
+    pub fn pem(&self) -> &str {
+        &self.pem
+    }
+
+    /// Begins TLS as the one who was connected to.
+    ///
+    /// # Errors
+    /// What the handshake says.
+    pub fn accept(&self, tcp: &TcpStream) -> io::Result<Connection> {
+        let connection = ServerConnection::new(self.server.clone()).map_err(io::Error::other)?;
+        shake_hands(connection.into(), tcp)
+    }
+
+    /// Begins TLS as the one who connects, with somebody who has this certificate's key.
+    ///
+    /// # Errors
+    /// What the handshake says, or that this is no certificate.
+    pub fn connect(pem: &str, tcp: &TcpStream) -> io::Result<Connection> {
+        let certificate = CertificateDer::from_pem_slice(pem.as_bytes()).map_err(io::Error::other)?;
+        let mut roots = RootCertStore::empty();
+        roots.add(certificate).map_err(io::Error::other)?;
+        let client = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(io::Error::other)?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from(ONE_TIME_NAME).map_err(io::Error::other)?;
+        let connection = ClientConnection::new(Arc::new(client), name).map_err(io::Error::other)?;
         shake_hands(connection.into(), tcp)
     }
 }

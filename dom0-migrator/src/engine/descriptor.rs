@@ -55,12 +55,19 @@ pub type Until<'a> = (&'a Bell, &'a AtomicBool);
 #[derive(Debug)]
 pub struct Input {
     file: File,
+    /// What somebody has read of it already.
+    beginning: Vec<u8>,
     offset: u64,
 }
 
 impl Input {
     pub fn new(fd: OwnedFd) -> Self {
-        Self { file: File::from(fd), offset: 0 }
+        Self::with_beginning(fd, Vec::new())
+    }
+
+    /// One whose first bytes were read already: they come first.
+    pub fn with_beginning(fd: OwnedFd, beginning: Vec<u8>) -> Self {
+        Self { file: File::from(fd), beginning, offset: 0 }
     }
 
     /// Bytes read so far.
@@ -110,7 +117,14 @@ impl Input {
                     break;
                 }
             }
-            match self.file.read(rest) {
+            let read = if self.beginning.is_empty() {
+                self.file.read(rest)
+            } else {
+                let length = rest.len().min(self.beginning.len());
+                rest.iter_mut().zip(self.beginning.drain(..length)).for_each(|(to, byte)| *to = byte);
+                Ok(length)
+            };
+            match read {
                 Ok(0) => return Err(EngineError::Truncated { what, offset: self.offset }),
                 Ok(n) => {
                     filled += n;
@@ -131,6 +145,9 @@ impl Input {
     /// Waits until there is something to read (its end included), the bell rings, or time is over. True: there is
     /// something to read.
     pub fn wait(&self, bell: &Bell, timeout: Option<Duration>) -> Result<bool, EngineError> {
+        if !self.beginning.is_empty() {
+            return Ok(true);
+        }
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         loop {
             let left = match deadline {

@@ -79,7 +79,7 @@ pub use dirty_log::DirtyLog;
 pub use error::{EngineError, HeaderProblem, SideError, StreamProblem};
 pub use late_writes::LateWrites;
 pub use reference_map::{MapError, Place, ReferenceMap};
-pub use source::{Looks, PassLooks, SourceFilter, SourceParts};
+pub use source::{Coming, Looks, PassLooks, SourceFilter, SourceParts};
 pub use summary::{
     DiskSummary, DrainReport, RefusalCounts, SourceStats, SourceSummary, TargetStats, TargetSummary,
 };

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// The counters that a filter publishes between records.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Watch<T>(pub(super) Arc<Mutex<T>>);
 
 impl<T: Clone> Watch<T> {

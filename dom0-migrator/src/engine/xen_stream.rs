@@ -40,6 +40,8 @@ pub mod record {
     pub const LAST_KNOWN: u32 = 0x12;
     /// Set in the types of records that a reader may ignore.
     pub const OPTIONAL: u32 = 0x8000_0000;
+    /// Ours: where the target finds a side channel ([`crate::offer`]); the first record, if it is there. Whoever does not know it, ignores it.
+    pub const OFFER: u32 = OPTIONAL | 0x0050_736f;
 }
 
 /// Type of an ordinary page.

@@ -19,6 +19,7 @@
 
 pub mod arguments;
 pub mod channel;
+mod first_pass;
 pub mod message;
 pub mod policy;
 mod restore;

@@ -1,5 +1,6 @@
 //! The target's helper.
 
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,11 +16,12 @@ use super::verify::VerifyWatch;
 use super::{HelperError, Libraries, complete, take_descriptor};
 use crate::engine::{Config, DiskName, EngineError, LateWrites, TargetFilter, TargetParts};
 use crate::handoff::{Event, Order, Peer, Role};
+use crate::offer::{self, Offer, OfferError};
 use crate::report::RestoreReport;
 use crate::xen::guest::{RestoreCallbacks, Restored};
 use crate::xen::logger::{Level, Sink};
 
-/// What a helper does that no command of ours has started: there is no side channel, and nothing is known of the source.
+/// What a helper does that no command of ours has started, as long as the stream offers no side channel: nothing is known of the source.
 const ALONE: Order = Order {
     socket: false,
     references: false,
@@ -65,7 +67,7 @@ fn restore(
 ) -> Result<Restored, HelperError> {
     let wire = take_descriptor(arguments.io_fd)?;
     let (library_end, filter_end) = LibraryEnd::pair()?;
-    let (order, side) = match peer.map(|peer| peer.introduce(Role::Restore, Some(arguments.domain))) {
+    let (mut order, mut side) = match peer.map(|peer| peer.introduce(Role::Restore, Some(arguments.domain))) {
         Some(Ok(given)) => given,
         Some(Err(error)) => {
             channel.log(Level::WARN, &format!("{error}; going on without"));
@@ -80,12 +82,20 @@ fn restore(
         .iter()
         .map(|disk| DiskName { vdev: Vdev(disk.vdev), path: disk.path.clone() })
         .collect();
-    let engine = TargetFilter::start(TargetParts {
-        from_wire: wire,
-        to_restore: filter_end,
-        side,
-        config: Config { own_disks: Some(own_disks), ..Config::default() },
-    })?;
+    let mut config = Config { own_disks: Some(own_disks), ..Config::default() };
+    let mut beginning = Vec::new();
+    if peer.is_none() {
+        let found = offer::take(wire.as_fd())
+            .map_err(|source| HelperError::System { what: "reading the stream's beginning", source })?;
+        beginning = found.bytes;
+        if let Some(offered) = found.offer {
+            side = accept(offered, &mut order, channel);
+            // The configuration is xl's, and came from the source as the disks' paths do now.
+            config.own_disks = None;
+        }
+    }
+    let parts = TargetParts { from_wire: wire, to_restore: filter_end, side, config };
+    let engine = TargetFilter::start_after(parts, beginning)?;
     let sampling = RestoreSampling::start(started, &engine);
     let mut restorer = Restorer { channel: channel.clone(), callbacks: arguments.callbacks };
     let restored = libraries.guest.restore(
@@ -103,6 +113,14 @@ fn restore(
     report.verified = watch.enabled();
     report.verify_mismatches = watch.enabled().then_some(differences.unexplained);
     report.verify_late_writes = watch.enabled().then_some(differences.late_writes);
+    if peer.is_none() && watch.enabled() {
+        // libxenguest calls every page that differs an error.
+        let words = format!(
+            "poolskip: all pages compared: {} differ, and {} that were written to after the suspension",
+            differences.unexplained, differences.late_writes
+        );
+        channel.log(Level::INFO, &words);
+    }
     let restored = match (restored, finished) {
         (Ok(restored), Ok(_)) => restored,
         // Why the library found its stream cut short.
@@ -115,6 +133,15 @@ fn restore(
         0 => Ok(restored),
         pages => Err(HelperError::Mismatch(pages)),
     }
+}
+
+/// Connects to the source's helper, which has offered it; what goes wrong is said, and means a migration without references.
+fn accept(offered: Result<Offer, OfferError>, order: &mut Order, channel: &Channel) -> Option<OwnedFd> {
+    let connected = offered.and_then(|offer| {
+        order.debug = offer.compare;
+        offer.accept(offer::ssh_client())
+    });
+    connected.inspect_err(|error| channel.log(Level::WARN, &format!("{error}; no references"))).ok()
 }
 
 /// Whether a filter failed only because the library stopped reading.

@@ -9,15 +9,21 @@ use enlightenment::xenstore::RequestKind;
 
 use super::arguments::SaveArguments;
 use super::channel::{Channel, ChannelError};
+use super::first_pass::FirstPass;
 use super::message::Message;
 use super::policy::{Limits, Observed, Policy};
 use super::sampling::SaveSampling;
 use super::stream::{LibraryEnd, Terminated};
 use super::{HelperError, Libraries, complete, take_descriptor};
+use crate::command::configuration::Configuration;
+use crate::command::domain;
 use crate::disks;
-use crate::engine::{Config, DirtyLog, Looks, ReferenceMap, SourceFilter, SourceParts};
+use crate::engine::{
+    Coming, Config, DirtyLog, Looks, ReferenceMap, SourceFilter, SourceParts, SourceSummary,
+};
 use crate::handoff::{Event, Order, Peer, Role};
 use crate::lists::{self, Requester};
+use crate::offer;
 use crate::report::SaveReport;
 use crate::timeline::Moment;
 use crate::xen::DomainId;
@@ -26,8 +32,8 @@ use crate::xen::guest::{Precopy, PrecopyStats, SaveCallbacks};
 use crate::xen::logger::{Level, Sink};
 use crate::xenstore::Xenstore;
 
-/// What a helper does that no command of ours has started: it takes zero pages out of nothing, since there is no side channel,
-/// and is otherwise libxl's own.
+/// What a helper does that no command of ours has started, as long as it has no side channel: it takes zero pages out of nothing, and is
+/// otherwise libxl's own.
 const ALONE: Order = Order {
     socket: false,
     references: false,
@@ -91,17 +97,21 @@ fn save(
         }
         None => (ALONE, None),
     };
+    let (order, offered) = if peer.is_none() { offered(arguments, order, channel) } else { (order, None) };
     let round = Arc::new(AtomicU32::new(0));
+    let first_pass = Arc::new(FirstPass::default());
     let sink = Arc::new(Progress {
         channel: channel.clone(),
         peer: peer.cloned(),
         round: round.clone(),
+        first_pass: first_pass.clone(),
         looks: OnceLock::new(),
     });
     let libraries = Libraries::open(sink.clone())?;
-    let mut hints = Hints::take(domain, &order, side.is_some(), &libraries, channel, peer, report);
+    let may_have_side = side.is_some() || offered.is_some();
+    let mut hints = Hints::take(domain, &order, may_have_side, &libraries, channel, peer, report);
     let peek = order.peek && side.is_some() && arguments.flags & SAVE_LIVE != 0;
-    let engine = SourceFilter::start(SourceParts {
+    let parts = SourceParts {
         from_save: filter_end,
         to_wire: wire,
         side,
@@ -113,7 +123,12 @@ fn save(
             compare: arguments.flags & SAVE_DEBUG != 0,
             ..Config::default()
         },
-    })?;
+    };
+    let (engine, _listening) = match offered {
+        Some((coming, listening)) => (SourceFilter::start_before_side(parts, coming)?, Some(listening)),
+        None => (SourceFilter::start(parts)?, None),
+    };
+    first_pass.begin(populated(domain), engine.watch());
     hints.tell(RequestKind::Begun);
     let looks = engine.looks();
     if let Some(looks) = &looks {
@@ -122,8 +137,18 @@ fn save(
     }
     let sampling = SaveSampling::start(started, peer, &engine);
     let policy = Policy::new(order.limits);
-    let (channel, terminator, began) = (channel.clone(), terminated.clone(), Instant::now());
-    let mut saver = Saver { channel, engine, looks, sampling, terminated: terminator, round, policy, began };
+    let (terminator, began) = (terminated.clone(), Instant::now());
+    let mut saver = Saver {
+        channel: channel.clone(),
+        engine,
+        looks,
+        sampling,
+        terminated: terminator,
+        round,
+        first_pass,
+        policy,
+        began,
+    };
     let saved =
         libraries.guest.save(&libraries.control, library_end.as_fd(), domain, arguments.flags, &mut saver);
     // The end of the stream for the filter; the thread that waits for SIGTERM keeps a copy, so it is said aloud.
@@ -133,6 +158,9 @@ fn save(
     drop(saver.sampling);
     if let Ok(summary) = &mut finished {
         report.count(summary);
+        if peer.is_none() {
+            tell_summary(summary, channel);
+        }
         report.travel = std::mem::take(&mut summary.travel);
     }
     let result = match (saved, finished) {
@@ -157,6 +185,63 @@ fn open_log(libraries: &Libraries, domain: DomainId, channel: &Channel) -> Optio
             channel.log(Level::WARN, &format!("{error}; no page is left for a later pass"));
             None
         }
+    }
+}
+
+/// What is offered to the target of a plain `xl migrate`, and what is to be done then.
+fn offered(
+    arguments: &SaveArguments,
+    order: Order,
+    channel: &Channel,
+) -> (Order, Option<(Coming, offer::Listening)>) {
+    let nothing = |why: &dyn std::fmt::Display| {
+        channel.log(Level::INFO, &format!("{why}: no references"));
+    };
+    if let Err(why) = offer::by_xl() {
+        nothing(&why);
+        return (order, None);
+    }
+    let configuration = Configuration::load(None).unwrap_or_else(|error| {
+        channel.log(Level::WARN, &format!("{error}; going on with what is usual"));
+        Configuration::default()
+    });
+    match offer::listen(configuration.side_port, arguments.debug()) {
+        Ok((coming, listening)) => {
+            let words = format!("the target's helper is waited for on {}", listening.address());
+            channel.log(Level::INFO, &words);
+            let order = Order { references: true, wait_lists_seconds: configuration.wait_lists, ..order };
+            (order, Some((coming, listening)))
+        }
+        Err(error) => {
+            nothing(&error);
+            (order, None)
+        }
+    }
+}
+
+/// Pages that a domain has, 0 where that is not known.
+fn populated(id: DomainId) -> u64 {
+    let bytes = Xenstore::open().and_then(|mut store| domain::memory_bytes(&mut store, id));
+    bytes.unwrap_or_default() / enlightenment::PAGE_SIZE as u64
+}
+
+/// Tells people, where no command of ours does.
+fn tell_summary(summary: &SourceSummary, channel: &Channel) {
+    let SourceSummary { stats, .. } = summary;
+    let words = format!(
+        "poolskip: {} pages by reference ({} accepted, {} refused), {} zero, {} whole, {} compared; {} bytes became {}",
+        stats.pages_referenced,
+        stats.references_accepted,
+        stats.references_refused,
+        stats.pages_zero,
+        stats.pages_raw,
+        stats.pages_verified,
+        stats.bytes_in,
+        stats.bytes_out
+    );
+    channel.log(Level::INFO, &words);
+    if !summary.poolskip {
+        channel.log(Level::INFO, "poolskip: the target's helper did not come: a plain migration");
     }
 }
 
@@ -263,6 +348,7 @@ struct Saver {
     sampling: SaveSampling,
     terminated: Terminated,
     round: Arc<AtomicU32>,
+    first_pass: Arc<FirstPass>,
     policy: Policy,
     began: Instant,
 }
@@ -340,7 +426,9 @@ impl SaveCallbacks for Saver {
         self.channel.log(Level::INFO, &decision.to_string());
         let mut answer = decision.answer;
         if stats.dirty_count > 0 {
-            self.enter_round(stats.iteration, u64::try_from(stats.dirty_count).ok());
+            let pages = u64::try_from(stats.dirty_count).ok();
+            let pages = pages.map(|pages| self.first_pass.count(stats.iteration + 1, 0, pages).1);
+            self.enter_round(stats.iteration, pages);
         }
         if answer == Precopy::StopAndCopy {
             // Nothing may wait for storage while the domain is suspended.
@@ -379,6 +467,7 @@ struct Progress {
     peer: Option<Arc<Peer>>,
     round: Arc<AtomicU32>,
     looks: OnceLock<Weak<Looks>>,
+    first_pass: Arc<FirstPass>,
 }
 
 impl Sink for Progress {
@@ -394,6 +483,7 @@ impl Sink for Progress {
         }
         if let Some(peer) = &self.peer {
             let round = self.round.load(Ordering::Relaxed);
+            let (done, total) = self.first_pass.count(round, done, total);
             let _ = peer.tell(&Event::Progress { round, done, total });
         }
     }

@@ -2,16 +2,19 @@
 //! older form. Fuzzing begins with them.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use dom0_migrator::command::Outcome;
 use dom0_migrator::command::xl_words::{BANNER, GO, READY, REPORT};
 use dom0_migrator::control::{
-    BlocksOffer, Connection, FromSource, FromTarget, Greeting, HelperKind, TargetOutcome, Token, write_line,
+    BlocksOffer, Connection, FromSource, FromTarget, Greeting, HelperKind, STREAM_VERSION, TargetOutcome,
+    Token, write_line,
 };
 use dom0_migrator::handoff::{Event, Order, Role};
 use dom0_migrator::handover::{SourceState, State, TargetState, Verdict, record};
 use dom0_migrator::inquiry::Needs;
 use dom0_migrator::memory_map::MemoryMap;
+use dom0_migrator::offer::Offer;
 use dom0_migrator::report::{RestoreReport, SaveReport};
 use dom0_migrator::report_file::{Date, Downtime, ReportFile, SeenBy, Timeline};
 use dom0_migrator::timeline::{Mark, Moment, SourceSample, TargetSample, WireSample};
@@ -140,7 +143,15 @@ fn control_lines() -> Vec<Vec<u8>> {
         FromTarget::Finished(Box::new(outcome)),
     ];
     let greeting = Greeting { poolskip: 1, connection: Connection::Stream, token: token(), lane: 3 };
-    vec![lines(&[greeting]), lines(&source), lines(&target)]
+    let offer = Offer {
+        stream_version: STREAM_VERSION,
+        token: token(),
+        port: 40_000,
+        addresses: vec![Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()],
+        certificate: "-----BEGIN CERTIFICATE-----\n".into(),
+        compare: true,
+    };
+    vec![lines(&[greeting]), lines(&source), lines(&target), offer.body().unwrap()]
 }
 
 fn handoff() -> Vec<Vec<u8>> {

@@ -12,6 +12,7 @@ mod overhead;
 mod reload;
 mod scale;
 mod snapshot;
+mod storage;
 mod stream;
 
 use std::path::PathBuf;
@@ -48,6 +49,8 @@ enum Bench {
     Module(module::Args),
     /// Total time, downtime, bytes and throughput of migrations in the lab, side by side with the stock helper
     Migration(migration::Args),
+    /// Total time of migrations to a host whose storage gives a tenth, side by side with the stock helper
+    Storage(storage::Args),
     /// Cost of lists, window and filter for guests of 8 GiB to 1 TiB, by simulation
     Scale(scale::Args),
 }
@@ -65,6 +68,7 @@ pub fn run(args: &Args) -> Result<()> {
         Bench::Overhead(args) => overhead::run(args)?,
         Bench::Module(args) => module::run(args)?,
         Bench::Migration(args) => migration::run(args)?,
+        Bench::Storage(args) => storage::run(args)?,
         Bench::Scale(args) => scale::run(args)?,
     };
     print!("{report}");

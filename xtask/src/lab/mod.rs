@@ -18,6 +18,8 @@ mod qmp;
 mod raised;
 mod run_dir;
 mod shell;
+pub mod ssh;
+mod storage;
 
 pub use cli::{Args, run};
 pub use flavour::Flavour;

@@ -16,6 +16,7 @@ use super::link::{self, LinkBytes};
 use super::machine::Machine;
 use super::qemu::{Config, Qemu, free_port, make_overlay};
 use super::run_dir::{Record, RunDir};
+use super::storage::{self, FailingDisk};
 use super::{Flavour, GuestSize, Host, guest_disk};
 use crate::ending::{forget_process, register_process};
 use crate::setup;
@@ -257,6 +258,43 @@ impl Lab {
     /// When the source does not answer.
     pub fn link_bytes(&self) -> Result<LinkBytes> {
         link::bytes(&self.host(Host::Source))
+    }
+
+    /// Limits what a host reads from the shared disk in a second; `None` is as fast as emulation does.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub fn set_disk_rate(&self, host: Host, bytes_per_second: Option<u64>) -> Result<()> {
+        storage::set_rate(&mut self.qemu(host).monitor()?, bytes_per_second)
+    }
+
+    /// What a host reads from the shared disk in a second, measured now.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub fn disk_rate(&self, host: Host) -> Result<u64> {
+        storage::read_rate(&self.host(host))
+    }
+
+    /// From now on every read of the shared disk fails in this host, with EIO.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub fn fail_disk(&self, host: Host) -> Result<FailingDisk> {
+        storage::fail_reads(&mut self.qemu(host).monitor()?)
+    }
+
+    /// The host's shared disk is well again.
+    ///
+    /// # Errors
+    /// When QEMU refuses.
+    pub fn heal_disk(&self, host: Host, disk: &FailingDisk) -> Result<()> {
+        storage::heal(&mut self.qemu(host).monitor()?, disk)
+    }
+
+    /// What kind of lab it is.
+    pub(super) fn flavour(&self) -> Flavour {
+        self.flavour
     }
 
     /// Sets the clocks of both hosts and the guest to this machine's, and says how far they are ahead of it afterwards.

@@ -7,6 +7,7 @@ use super::guest_cases::{
     Counters, PATIENCE, by_reference, lists_again, module_cases, most_were_accepted, only_here,
     saved_and_restored, tables_whole, unload, wait_for,
 };
+use super::{storage_cases, xl_case};
 use crate::demo::write_through;
 use crate::deployment::{Deployment, LIMIT, host};
 use crate::lab::{Flavour, Host, Lab};
@@ -14,9 +15,12 @@ use crate::migration::{DOMAIN, Options, certify, check, migrate_encrypted, start
 use crate::proof;
 
 /// All cases of the PV guest, in their order.
-pub(super) const CASES: [Case; 12] = [
+pub(super) const CASES: [Case; 15] = [
     ("a_dry_run_tells_what_will_be_and_changes_nothing", dry_run),
     ("a_listed_pool_goes_by_reference_and_every_page_is_equal", by_reference),
+    ("a_disk_that_fails_half_way_is_done_without", storage_cases::failing),
+    ("xl_migrate_uses_references_by_the_variable_alone", xl_case::by_the_variable_alone),
+    ("storage_at_a_tenth_costs_time_and_nothing_else", storage_cases::slow),
     ("tables_and_rows_are_what_they_were", tables_whole),
     ("lists_come_again_after_the_guest_has_arrived", lists_again),
     ("lists_come_again_after_save_and_restore", saved_and_restored),

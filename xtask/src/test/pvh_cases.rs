@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 
 use super::bed::{Bed, Case, chosen};
 use super::guest_cases::{by_reference, lists_again, module_cases, saved_and_restored, tables_whole, unload};
+use super::{storage_cases, xl_case};
 use crate::deployment::Deployment;
 use crate::lab::{Flavour, Host, Lab};
 
@@ -16,8 +17,11 @@ const TRIPLE_FAULT: &str = "Triple fault";
 const MOST_FAULTS: u32 = 6;
 
 /// All cases of the PVH guest, in their order.
-pub(super) const CASES: [Case; 6] = [
+pub(super) const CASES: [Case; 9] = [
     ("pvh_a_listed_pool_goes_by_reference_and_every_page_is_equal", by_reference),
+    ("pvh_a_disk_that_fails_half_way_is_done_without", storage_cases::failing),
+    ("pvh_xl_migrate_uses_references_by_the_variable_alone", xl_case::by_the_variable_alone),
+    ("pvh_storage_at_a_tenth_costs_time_and_nothing_else", storage_cases::slow),
     ("pvh_tables_and_rows_are_what_they_were", tables_whole),
     ("pvh_lists_come_again_after_the_guest_has_arrived", lists_again),
     ("pvh_lists_come_again_after_save_and_restore", saved_and_restored),

@@ -7,6 +7,7 @@ use crossbeam_channel::{Receiver, Sender, after, never, select_biased};
 
 use super::Request;
 use super::backlog::{Pages, SinceFence};
+use super::coming::Awaited;
 use super::left_out::LeftOut;
 use super::settle::Drain;
 use super::side::{Side, SideEvent};
@@ -19,7 +20,7 @@ use crate::engine::late_writes::LastSent;
 use crate::engine::memory_record::{self, Builder};
 use crate::engine::outlet::{Outlet, Parcel, Piece};
 use crate::engine::pool::Pool;
-use crate::engine::summary::{DrainReport, SourceStats};
+use crate::engine::summary::{DiskSummary, DrainReport, SourceStats};
 use crate::engine::travel::Travel;
 use crate::engine::waiting::Length;
 use crate::engine::window::Window;
@@ -52,6 +53,10 @@ pub(super) struct Filter {
     pub(super) may_refer: bool,
     /// Whether the target has answered, so that it knows our records, even if the side channel was lost since.
     pub(super) target_knows_us: bool,
+    /// A side channel that is yet to come.
+    pub(super) awaited: Option<Awaited>,
+    /// The disks as the target answered, of one that has come.
+    pub(super) met: Option<Vec<DiskSummary>>,
     /// What was sent last, when all is to be compared.
     pub(super) last_sent: Option<LastSent>,
     pub(super) window: Window,
@@ -88,7 +93,10 @@ impl Filter {
             self.advise_workers();
             self.publish();
             let events = self.side.as_ref().map_or_else(never, |side| side.events.clone());
-            let timeout = patience.map_or_else(never, after);
+            let opened = self.awaited.as_ref().map_or_else(never, Awaited::opened);
+            let held = self.awaited.as_ref().and_then(Awaited::left);
+            let arrivals = if held.is_some() { never() } else { self.arrived.clone() };
+            let timeout = patience.into_iter().chain(held).min().map_or_else(never, after);
             let progress = match self.catching_up {
                 Some(_) => self.outlet.progress.clone(),
                 None => never(),
@@ -104,7 +112,11 @@ impl Filter {
                     self.see(look.ok());
                     continue;
                 }
-                recv(self.arrived) -> arrived => arrived.map_err(|_| EngineError::Panicked)?,
+                recv(opened) -> opened => {
+                    self.meet(opened.ok());
+                    continue;
+                }
+                recv(arrivals) -> arrived => arrived.map_err(|_| EngineError::Panicked)?,
                 recv(timeout) -> _ => continue,
                 recv(progress) -> _ => continue,
             };
@@ -113,6 +125,7 @@ impl Filter {
                 Incoming::Headers(headers) => {
                     self.placeholders = domain_type(&headers) == DOMAIN_HVM;
                     self.send_alone(Parcel::bytes(headers.to_vec()))?;
+                    self.offer_side()?;
                 }
                 Incoming::Request(request) => self.handle_request(request),
                 Incoming::Record(ticket) => {
@@ -174,12 +187,13 @@ impl Filter {
             }
             Request::Suspending => self.left_out.end(),
             Request::Suspended => {
-                self.may_refer = false;
+                // A side channel that comes now is of no more use.
+                (self.may_refer, self.awaited) = (false, None);
                 self.left_out.end();
             }
             Request::CatchUp(reply) => self.catching_up = Some(reply),
             Request::Drain(reply) => {
-                self.may_refer = false;
+                (self.may_refer, self.awaited) = (false, None);
                 let before = (self.stats.references_accepted, self.stats.references_refused);
                 self.drain = Some(Drain {
                     reply,
@@ -232,7 +246,11 @@ impl Filter {
         Ok(())
     }
 
-    fn page_data(&mut self, record: Record) -> Result<(), EngineError> {
+    fn page_data(&mut self, mut record: Record) -> Result<(), EngineError> {
+        if self.mode == Mode::Filter && record.classes.is_empty() && record.problem.is_none() {
+            // The workers had it before there was a side channel: a few records, once.
+            self.knowledge.work(&mut record);
+        }
         let header = record.header;
         let parsed = match record.problem {
             Some(problem) => Err(problem),

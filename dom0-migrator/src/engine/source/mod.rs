@@ -31,6 +31,7 @@
 //! and finds the number settled.
 
 mod backlog;
+mod coming;
 mod filter;
 mod left_out;
 mod looks;
@@ -41,7 +42,7 @@ mod work;
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -54,17 +55,18 @@ use super::intake::Intake;
 use super::late_writes::LastSent;
 use super::memory_record::Builder;
 use super::outlet::Outlet;
-use super::page_hash::PageHasher;
 use super::pool::Pool;
 use super::reference_map::ReferenceMap;
 use super::summary::{DrainReport, SourceStats, SourceSummary};
 use super::window::Window;
 use backlog::SinceFence;
+use coming::Awaited;
+pub use coming::Coming;
 use filter::{Filter, Mode};
 use left_out::LeftOut;
 pub use looks::{Looks, PassLooks};
 use side::Side;
-use work::{Knowledge, Pass, ToWorkers, Workers};
+use work::{Agreed, Knowledge, Pass, ToWorkers, Workers};
 
 /// Records on their way through the filter at once, beside those that workers hold and those that the window keeps: a few that wait for
 /// their turn, a few that wait for the wire.
@@ -121,6 +123,18 @@ impl SourceFilter {
     /// # Errors
     /// [`EngineError::Start`] when threads or sockets cannot be had.
     pub fn start(parts: SourceParts) -> Result<Self, EngineError> {
+        Self::start_with(parts, None)
+    }
+
+    /// Starts the filter before there is a side channel: the stream tells the target where it is to be had.
+    ///
+    /// # Errors
+    /// [`EngineError::Start`] when threads or sockets cannot be had.
+    pub fn start_before_side(parts: SourceParts, coming: Coming) -> Result<Self, EngineError> {
+        Self::start_with(SourceParts { side: None, ..parts }, Some(coming))
+    }
+
+    fn start_with(parts: SourceParts, coming: Option<Coming>) -> Result<Self, EngineError> {
         let SourceParts { from_save, to_wire, side, mut map, disks, log, config } = parts;
         map.seal();
         #[cfg(test)]
@@ -154,14 +168,13 @@ impl SourceFilter {
             .map_or((None, None), |(looks, taken)| (Some(Arc::new(looks)), Some(taken)));
         let knowledge = Arc::new(Knowledge {
             map,
-            hasher: side.as_ref().map(|side| PageHasher::new(&side.key)),
-            opened: side
-                .as_ref()
-                .map_or_else(Vec::new, |side| side.disks.iter().map(Option::is_some).collect()),
+            agreed: side.as_ref().map_or_else(OnceLock::new, |side| Agreed::on(side).into()),
             reference_passes: config.reference_passes,
             may_refer: AtomicBool::new(may_refer),
             room: AtomicUsize::new(window.room()),
         });
+        let awaited = coming.map(|coming| Awaited::start(coming, disks, &knowledge, &config));
+        let awaited = awaited.transpose().map_err(EngineError::Start)?;
         let hashers = config.hashers.max(1);
         let workers = Workers::start(hashers, &knowledge).map_err(EngineError::Start)?;
         let outlet = Outlet::start("source-outlet", BEHIND, Output::new(to_wire), |done: Sender<()>| {
@@ -189,6 +202,8 @@ impl SourceFilter {
             mode: if side.is_some() { Mode::Filter } else { Mode::PassThrough },
             may_refer,
             target_knows_us: side.is_some(),
+            awaited,
+            met: None,
             last_sent: config.compare.then(LastSent::default),
             side,
             window,
@@ -215,6 +230,9 @@ impl SourceFilter {
                 if let Some(side) = filter.side.take() {
                     side.close();
                 }
+                let met = filter.met.take();
+                summary.poolskip |= met.is_some();
+                summary.disks.extend(met.into_iter().flatten());
                 let result = filter.end(intake, result);
                 result.map(|(stats, travel)| SourceSummary { stats, travel, ..summary })
             })

@@ -4,8 +4,8 @@
 //! on the map alone, so it does not matter when it is found. Whether a page then goes by reference is decided by
 //! the filter's thread, when the record's turn has come.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -21,6 +21,7 @@ use crate::engine::reference_map::{Place, ReferenceMap};
 use crate::engine::xen_stream::{MAX_PAGE_DATA, NOTAB, PageData, RecordHeader, ZERO_PAGE, record};
 
 use super::Request;
+use super::side::Side;
 
 /// What was found out about an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,14 +56,31 @@ pub(super) struct Record {
 /// A record that is being worked on.
 pub(super) type Ticket = Receiver<Record>;
 
+/// What was agreed with the target.
+#[derive(Debug)]
+pub(super) struct Agreed {
+    hasher: PageHasher,
+    /// Which of the map's disks the target has opened.
+    opened: Vec<bool>,
+}
+
+impl Agreed {
+    /// On this side channel.
+    pub(super) fn on(side: &Side) -> Self {
+        Self { hasher: PageHasher::new(&side.key), opened: side.disks.iter().map(Option::is_some).collect() }
+    }
+
+    fn is_open(&self, place: Place) -> bool {
+        self.opened.get(place.disk as usize).copied().unwrap_or(false)
+    }
+}
+
 /// What the workers know.
 #[derive(Debug)]
 pub(super) struct Knowledge {
     pub(super) map: ReferenceMap,
-    /// None without a side channel: nothing is looked for then.
-    pub(super) hasher: Option<PageHasher>,
-    /// Which of the map's disks the target has opened.
-    pub(super) opened: Vec<bool>,
+    /// None without a side channel: nothing is looked for then. Of one that comes late, from then on.
+    pub(super) agreed: OnceLock<Agreed>,
     /// Passes in which pages may go by reference.
     pub(super) reference_passes: u32,
     /// Whether pages may go by reference at all; the filter's thread says when that ends.
@@ -73,8 +91,8 @@ pub(super) struct Knowledge {
 
 impl Knowledge {
     /// Looks at every page of a record.
-    fn work(&self, record: &mut Record) {
-        let Some(hasher) = &self.hasher else { return };
+    pub(super) fn work(&self, record: &mut Record) {
+        let Some(agreed) = self.agreed.get() else { return };
         let length = record.header.length as usize;
         let Ok(pages) = PageData::parse(record.body.get(..length).unwrap_or(&record.body)) else { return };
         let refer = self.may_refer.load(Ordering::Relaxed) && record.pass <= self.reference_passes;
@@ -86,7 +104,7 @@ impl Knowledge {
             Some(page) if entry.page_type == NOTAB && page == ZERO_PAGE => Class::Zero,
             Some(page) if entry.page_type == NOTAB && refer => match places.lookup(Pfn(entry.pfn)) {
                 None => Class::Plain,
-                Some(place) if room > 0 && self.is_open(place) => {
+                Some(place) if room > 0 && agreed.is_open(place) => {
                     room -= 1;
                     listed.push(page);
                     Class::Hashed(place)
@@ -96,12 +114,8 @@ impl Knowledge {
             Some(_) => Class::Plain,
         }));
         let began = Instant::now();
-        hasher.hash_all(&listed, &mut record.hashes);
+        agreed.hasher.hash_all(&listed, &mut record.hashes);
         record.hashing_seconds = began.elapsed().as_secs_f64();
-    }
-
-    fn is_open(&self, place: Place) -> bool {
-        self.opened.get(place.disk as usize).copied().unwrap_or(false)
     }
 }
 

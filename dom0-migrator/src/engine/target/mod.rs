@@ -76,6 +76,14 @@ impl TargetFilter {
     /// # Errors
     /// [`EngineError::Start`] when threads or sockets cannot be had.
     pub fn start(parts: TargetParts) -> Result<Self, EngineError> {
+        Self::start_after(parts, Vec::new())
+    }
+
+    /// Starts the filter of a stream whose beginning was read already.
+    ///
+    /// # Errors
+    /// [`EngineError::Start`] when threads or sockets cannot be had.
+    pub fn start_after(parts: TargetParts, beginning: Vec<u8>) -> Result<Self, EngineError> {
         let TargetParts { from_wire, to_restore, side, config } = parts;
         let (ringer, bell) = bell().map_err(EngineError::Start)?;
         let aborted = Arc::new(AtomicBool::new(false));
@@ -90,7 +98,7 @@ impl TargetFilter {
         .map_err(EngineError::Start)?;
         let intake = Intake::start(
             "target-intake",
-            Input::new(from_wire),
+            Input::with_beginning(from_wire, beginning),
             (ringer.clone(), bell),
             Arc::clone(&aborted),
             Pool::new(BUFFERS),

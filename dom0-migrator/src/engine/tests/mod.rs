@@ -8,6 +8,7 @@ mod guest_stream;
 mod interleavings;
 mod journey;
 mod left_out;
+mod late_side;
 mod pair;
 mod seen;
 mod storage;

@@ -12,6 +12,7 @@ use dom0_migrator::control::{
 };
 use dom0_migrator::handoff::{self, Event, Order};
 use dom0_migrator::memory_map::MemoryMap;
+use dom0_migrator::offer::{BODY_MAX, Offer};
 
 /// A message that is read is written as the same message; no more than it is taken from the connection.
 pub fn side_message(data: &[u8]) {
@@ -72,6 +73,13 @@ pub fn control_line(data: &[u8]) {
     }
     line::<FromSource>(data);
     line::<FromTarget>(data);
+    // What stands in a stream instead, where nobody has made the connections.
+    if let Ok(offer) = Offer::parse(data)
+        && let Ok(body) = offer.body()
+    {
+        assert!(body.len() <= BODY_MAX);
+        assert_eq!(Offer::parse(&body).unwrap(), offer);
+    }
     if let Some(token) = std::str::from_utf8(data).ok().and_then(Token::parse) {
         // It becomes the name of a file.
         assert!(token.to_string().bytes().all(|byte| byte.is_ascii_hexdigit()));

@@ -86,7 +86,7 @@ pub const TARGETS: &[Target] = &[
     ),
     target(
         "control_line",
-        "lines of the control connection, from a stranger",
+        "lines of the control connection, from a stranger, and a stream's offer of a side channel",
         4096,
         Some(MIB),
         messages::control_line,

@@ -184,6 +184,7 @@ fn compressed(lab: &Lab, from: Host) -> Result<Report> {
         pages_referenced: None,
         pages_accepted: None,
         pages_refused: None,
+        source: None,
         bytes: None,
         lists: None,
         verify_mismatches: None,
