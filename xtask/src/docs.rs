@@ -119,6 +119,7 @@ const OTHERS: &[&str] = &[
     "mdbook",
     "modprobe",
     "openssl",
+    "scp",
     "systemctl",
     "xl",
     "dkms",

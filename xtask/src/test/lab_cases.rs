@@ -7,7 +7,7 @@ use super::guest_cases::{
     Counters, PATIENCE, by_reference, lists_again, module_cases, most_were_accepted, only_here,
     saved_and_restored, tables_whole, unload, wait_for,
 };
-use crate::demo::write_through;
+use crate::demo::{Show, write_through};
 use crate::deployment::{Deployment, LIMIT, host};
 use crate::lab::{Flavour, Host, Lab};
 use crate::migration::{DOMAIN, Options, certify, check, migrate_encrypted, start};
@@ -62,7 +62,7 @@ fn misled_while_writing(bed: &Bed<'_>) -> Result<()> {
     let lab = &bed.lab;
     bed.deployment.give_wrong_hints(lab)?;
     let before = Counters::read(lab)?;
-    let writing = write_through(lab, bed.server)?;
+    let writing = write_through(lab, bed.server, Show::Lines)?;
     ensure!(writing.pages_refused > 0, "wrong hints were given, and none was refused: they prove nothing");
     let after = Counters::read(lab)?;
     ensure!(
