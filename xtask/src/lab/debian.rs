@@ -60,6 +60,8 @@ const FILES: Files = &[
     ("lab/init", 0o755, include_str!("files/debian/init")),
     ("etc/systemd/system/lab-network.service", 0o644, include_str!("files/debian/network.service")),
     ("etc/systemd/system/lab-shell.service", 0o644, include_str!("files/debian/shell.service")),
+    // There is nobody to be asked for names.
+    ("etc/resolv.conf", 0o644, ""),
     // A system without a number is one that starts for the first time: all units would get their presets.
     ("etc/machine-id", 0o444, "706f6f6c736b69706c6162706f6f6c73\n"),
 ];
@@ -84,7 +86,13 @@ const GUEST_FILES: Files = &[
 ];
 
 /// What `dpkg --verify` says of a system before anything was deployed, in each of them.
-pub(super) const VERIFIED: &str = "lab/dpkg-verify";
+const VERIFIED: &str = "lab/dpkg-verify";
+
+/// Where a machine's disk is looked at: in a mount namespace that ends with the look.
+const LOOK: &str = "place=$(mktemp -d); trap 'umount \"$place\"; rmdir \"$place\"' EXIT
+mount -o \"loop,offset=$2\" \"$1\" \"$place\"
+chroot \"$place\" dpkg --verify >\"$3\" || true
+diff \"$place/lab/dpkg-verify\" \"$3\" || true";
 
 /// How root gets into the machines.
 #[derive(Clone, Debug)]
@@ -258,6 +266,22 @@ fn finish(root: &Path, files: &[(&str, u32, &str)], units: &[&str]) -> Result<()
         fs::set_permissions(&to, fs::Permissions::from_mode(mode))?;
     }
     Ok(())
+}
+
+/// What dpkg says of a machine's disk, and did not say of its image.
+///
+/// # Errors
+/// When the disk cannot be mounted.
+pub(super) fn verify(disk: &Path, name: &str) -> Result<Vec<String>> {
+    // dom0's has no partitions.
+    let offset = if name == "guest" { PARTITION_OFFSET } else { 0 };
+    let said = tempfile::NamedTempFile::new()?;
+    let words = run(contained()
+        .args(["/bin/sh", "-ec", LOOK, "sh"])
+        .arg(disk)
+        .arg(offset.to_string())
+        .arg(said.path()))?;
+    Ok(String::from_utf8_lossy(&words).lines().map(|line| format!("{name}: {line}")).collect())
 }
 
 fn write_disk(root: &Path, image: &Path, disk_bytes: u64) -> Result<()> {

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 
 use super::Host;
 use super::dom0::Images;
@@ -237,6 +238,22 @@ impl Qemu {
                 self.config.host.name(),
                 self.console_tail()
             );
+        }
+        Ok(())
+    }
+
+    /// Ends it in such a way that its images are whole.
+    ///
+    /// # Errors
+    /// When its monitor does not answer, or it does not end.
+    pub(super) fn quit(&mut self) -> Result<()> {
+        self.monitor()?.execute("quit", &json!({}))?;
+        let start = Instant::now();
+        while self.child.try_wait()?.is_none() {
+            if start.elapsed() > Duration::from_secs(60) {
+                bail!("QEMU of {} does not end", self.config.host.name());
+            }
+            thread::sleep(Duration::from_millis(50));
         }
         Ok(())
     }

@@ -22,7 +22,7 @@ use crate::setup;
 use crate::step::{run, step};
 
 /// How long a host may take from its start to a shell.
-const BOOT: Duration = Duration::from_secs(600);
+const BOOT: Duration = Duration::from_secs(1200);
 
 /// How long a short command may take.
 const SHORT: Duration = Duration::from_secs(60);
@@ -216,6 +216,28 @@ impl Lab {
         let Self { source, target, run_dir, .. } = self;
         drop((source, target));
         run_dir
+    }
+
+    /// Ends the lab, and has each machine's dpkg compare the packages' files on the disks that it leaves with what they were when they were
+    /// installed; what it says now and did not say of the images.
+    ///
+    /// # Errors
+    /// When a disk cannot be read.
+    pub fn end_and_verify(mut self) -> Result<Vec<String>> {
+        for machine in [self.guest(), self.host(Host::Source), self.host(Host::Target)] {
+            machine.must("sync", SHORT)?;
+        }
+        self.source.0.quit()?;
+        self.target.0.quit()?;
+        let run_dir = self.into_disks();
+        let mut found = debian::verify(&run_dir.disks().join("shared.raw"), "guest")?;
+        for host in Host::BOTH {
+            let raw = run_dir.disks().join("verified.raw");
+            let overlay = run_dir.disks().join(format!("{}.qcow2", host.name()));
+            run(Command::new("qemu-img").args(["convert", "-O", "raw"]).arg(overlay).arg(&raw))?;
+            found.extend(debian::verify(&raw, host.name())?);
+        }
+        Ok(found)
     }
 
     /// A host's dom0.

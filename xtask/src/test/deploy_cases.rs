@@ -62,6 +62,7 @@ pub(super) fn run(only: &[String]) -> Result<()> {
     let options = lab::Options { flavour: Flavour::Debian, ..lab::Options::default() };
     let lab = step("the lab of whole Debian systems", || Lab::warm(&options))?;
     let mut bed = Bed::new(lab)?;
+    let are_all = cases.len() == CASES.len();
     for (name, work) in cases {
         let start = Instant::now();
         let result = work(&mut bed).with_context(|| format!("case {name}"));
@@ -69,7 +70,7 @@ pub(super) fn run(only: &[String]) -> Result<()> {
         println!("deploy case {name} ... {verdict} ({:.0} s)", start.elapsed().as_secs_f64());
         result?;
     }
-    bed.end()
+    if are_all { bed.end() } else { Ok(()) }
 }
 
 impl Bed {
@@ -140,7 +141,7 @@ impl Bed {
         Ok(())
     }
 
-    /// That every machine is what it was, and dpkg has nothing to say of any package.
+    /// That every machine is what it was.
     fn nothing_is_left(&self) -> Result<()> {
         let now = step("looking at all machines, after", || self.look())?;
         let mut left = Vec::new();
@@ -148,16 +149,7 @@ impl Bed {
             left.extend(now.since(before).into_iter().map(|difference| format!("{name}: {difference}")));
         }
         ensure!(left.is_empty(), "something is left, or gone:\n{}", left.join("\n"));
-        step("dpkg --verify on all machines", || {
-            let verify = "dpkg --verify >/run/verified; diff /lab/dpkg-verify /run/verified && rm /run/verified";
-            std::thread::scope(|scope| {
-                let guest = scope.spawn(|| self.lab.guest().must(verify, LOOK));
-                for which in Host::BOTH {
-                    self.lab.host(which).must(verify, LOOK)?;
-                }
-                guest.join().unwrap_or_else(|_| bail!("the thread that asks the guest panicked")).map(drop)
-            })
-        })
+        Ok(())
     }
 
     /// Compares what the client was told, and looks at the tables.
@@ -168,6 +160,9 @@ impl Bed {
         let tables = proof::tables(&self.lab)?;
         step("CHECK TABLE", || proof::check_tables(&self.lab, &tables))?;
         println!("{committed} transactions were acknowledged meanwhile, and are there");
+        // On this machine, of their disks: under emulation each would read for minutes.
+        let found = step("dpkg --verify of all machines' disks", || self.lab.end_and_verify())?;
+        ensure!(found.is_empty(), "dpkg does not find its files as they were:\n{}", found.join("\n"));
         Ok(())
     }
 }
@@ -188,14 +183,14 @@ fn by_one_command(bed: &mut Bed) -> Result<()> {
     came(0, &["+ module poolskip"])?;
     came(0, &["+ package poolskip-guest "])?;
     came(0, &["+ unit guest-probe.service active"])?;
-    came(0, &["+ unit-file guest-probe.service enabled"])?;
+    came(0, &["+ file l ", "/etc/systemd/system/multi-user.target.wants/guest-probe.service"])?;
     came(0, &["+ process guest-probe"])?;
     came(0, &["+ named /dev/poolskip"])?;
     came(0, &["+ file f ", "/usr/sbin/guest-probe"])?;
     for at in [1, 2] {
         came(at, &["+ package poolskip-dom0 "])?;
         came(at, &["+ unit poolskip-receive.socket active"])?;
-        came(at, &["+ listening ", ":8002"])?;
+        came(at, &["+ listening 1F42"])?;
         came(at, &["+ file f ", "/usr/local/sbin/xl"])?;
     }
     // The module's nodes in the store of the host that has the guest.

@@ -22,7 +22,7 @@ impl Footprint {
             footprint.0.entry(kind.to_owned()).or_default().insert(thing.to_owned());
         }
         ensure!(footprint.0.remove("end").is_some(), "the look at the machine was cut short: {text:?}");
-        for kind in ["file", "package", "unit", "unit-file", "process", "listening"] {
+        for kind in ["file", "package", "unit", "process", "module", "listening"] {
             ensure!(footprint.0.contains_key(kind), "no {kind} was seen: then a new one would not be, either");
         }
         Ok(footprint)
@@ -45,14 +45,14 @@ impl Footprint {
 mod tests {
     use super::*;
 
-    const LITTLE: &str = "file\tf 644 0:0 1 1.0 /etc/hosts \npackage\tbash 1 ii \nunit\tssh.service active\nunit-file\tssh.service enabled\n\
-                          process\tsystemd\nlistening\t*:22\n";
+    const LITTLE: &str = "file\tf 644 0:0 1 1.0 /etc/hosts \npackage\tbash 1 ii \nunit\tssh.service active\n\
+                          process\tsystemd\nlistening\t0016\nmodule\text4\n";
 
     #[test]
     fn what_comes_and_goes_is_named() {
-        let before = Footprint::parse(&format!("{LITTLE}module\text4\nend\t\n")).unwrap();
+        let before = Footprint::parse(&format!("{LITTLE}node\t/y\nend\t\n")).unwrap();
         let after = Footprint::parse(&format!("{LITTLE}module\tpoolskip\nnode\t/x\nend\t\n")).unwrap();
-        assert_eq!(after.since(&before), ["- module ext4", "+ module poolskip", "+ node /x"]);
+        assert_eq!(after.since(&before), ["+ module poolskip", "- node /y", "+ node /x"]);
         assert!(before.since(&before).is_empty());
     }
 
