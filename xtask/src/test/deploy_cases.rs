@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::footprint::{self, Footprint};
-use super::guest_cases::{PATIENCE, most_were_accepted, wait_for};
+use super::guest_cases::{PATIENCE, ask_for_lists, most_were_accepted, wait_for};
 use crate::deployment::{guest, host, root};
 use crate::ending::status_of_group;
 use crate::lab::{self, Flavour, Host, Lab};
@@ -215,15 +215,7 @@ fn units(bed: &mut Bed) -> Result<()> {
     guest(lab, "systemctl start guest-probe.service")?;
     wait_for("the probe to answer", || Ok(guest(lab, "guest-probe status --json").is_ok()))?;
     // Lists, as dom0 asks for them: all that the unit's bounds must let through.
-    let requested = host(
-        lab,
-        Host::Source,
-        "node=/local/domain/$(xl domid db1)/data/poolskip; last=$(xenstore-read $node/request 2>/dev/null || echo 0); n=$((${last%% *} + 1)); \
-         xenstore-write $node/request \"$n snapshot\"; for i in $(seq 1200); do answer=$(xenstore-read $node/answer 2>/dev/null); \
-         [ \"${answer% *}\" = $n ] && { echo $answer; exit 0; }; sleep 0.5; done; echo \"request $n is not answered: $answer\" >&2; exit 1",
-    )?;
-    let generation: u64 = requested.trim().rsplit(' ').next().unwrap_or_default().parse()?;
-    ensure!(generation > 0, "the probe has no lists within its unit's bounds: {requested:?}");
+    ask_for_lists(lab, Host::Source)?;
     ensure!(show(lab, None, "guest-probe.service", "NRestarts")? == "0", "the probe died of a request");
     // Hosts: the socket listens, the service comes with the first who knocks, and again after it was stopped.
     for which in Host::BOTH {
