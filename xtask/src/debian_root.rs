@@ -24,16 +24,22 @@ const PACKAGES: &str =
 /// When this is not run by root, or the mirror cannot be reached.
 pub fn root() -> Result<PathBuf> {
     let key = Key::new("debian-root 1").with(SUITE.as_bytes()).with(PACKAGES.as_bytes());
-    cache::get_or_make("debian-root", key, |dir| {
-        run(Command::new("mmdebstrap")
-            .args(["--quiet", "--mode=root", "--variant=minbase", "--format=directory"])
-            .arg(format!("--include={PACKAGES}"))
-            .arg(SUITE)
-            .arg(dir.join("root"))
-            .arg(debian_mirror()?))
-        .map(drop)
-    })
-    .map(|made| made.join("root"))
+    cache::get_or_make("debian-root", key, |dir| make(SUITE, PACKAGES, &dir.join("root")))
+        .map(|made| made.join("root"))
+}
+
+/// Makes a Debian system in a directory: what every Debian has, and these packages (with commas between them), all of them configured.
+///
+/// # Errors
+/// When this is not run by root, or the mirror cannot be reached.
+pub fn make(suite: &str, packages: &str, directory: &Path) -> Result<()> {
+    run(Command::new("mmdebstrap")
+        .args(["--quiet", "--mode=root", "--variant=minbase", "--format=directory"])
+        .arg(format!("--include={packages}"))
+        .arg(suite)
+        .arg(directory)
+        .arg(debian_mirror()?))
+    .map(drop)
 }
 
 /// A system that begins as the one in the cache, and is written to.

@@ -1,6 +1,7 @@
 //! `cargo xtask demo`: the main job. One database guest, migrated by the stock helper and by Poolskip over the same link, side by
 //! side; then the proof that nothing of it is lost.
 
+mod live;
 mod page;
 mod picture;
 
@@ -10,12 +11,13 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 
-use crate::deployment::Deployment;
+use crate::deployment::{Deployment, target_directory};
 use crate::lab::{self, Flavour, Host, Lab};
-use crate::migration::{self, Options, Report, migrate};
+use crate::migration::{self, Options, Report};
 use crate::proof::{self, Writer};
 use crate::setup;
 use crate::step::step;
+pub use live::Show;
 use page::Pages;
 
 /// Migrate a database guest between two Xen hosts, with the stock helper and with Poolskip, and compare.
@@ -25,9 +27,15 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
     /// Write the report files of both measured migrations into this directory, and a page for a browser that has them side by
-    /// side: report.html
+    /// side: report.html [default: target/demo]
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
+    /// Show lines also where there is a terminal
+    #[arg(long)]
+    lines: bool,
+    /// Only show a migration that was recorded: lines of `dom0-migrator migrate --progress json`. Needs no lab
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "report", "rate"])]
+    replay: Option<PathBuf>,
     /// Rate of the link between the hosts, in Mbit/s; low enough that the link sets the pace, not the emulated processor
     #[arg(long, value_name = "MBIT", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rate: u32,
@@ -112,17 +120,24 @@ pub struct Figures {
 /// # Errors
 /// When a migration fails, or the guest is not whole afterwards.
 pub fn run(args: &Args) -> Result<()> {
+    if let Some(recorded) = &args.replay {
+        return live::replay(recorded);
+    }
     setup::ensure()?;
+    let show = if args.lines { Show::Lines } else { Show::auto() };
     let deployment = Deployment::build(Flavour::Pv)?;
     let rate = u64::from(args.rate) * 1_000_000;
-    let pages = args.report.as_deref().map(Pages::new).transpose()?;
+    let pages = match &args.report {
+        Some(directory) => Pages::new(directory)?,
+        None => Pages::new(&target_directory()?.join("demo"))?,
+    };
 
     let stock = {
         let lab = step("the lab, for the stock migration", || Lab::warm(&lab::Options::default()))?;
         deployment.install(&lab)?;
         deployment.start_probe(&lab, "")?;
         step("migrating with the stock helper", || {
-            measure(&lab, rate, Options { stock: true, verify: false }, pages.as_ref())
+            measure(&lab, rate, Options { stock: true, verify: false }, &pages, show)
         })?
     };
 
@@ -133,10 +148,8 @@ pub fn run(args: &Args) -> Result<()> {
     deployment.start_probe(&lab, "")?;
     let server = proof::server(&lab)?;
     let poolskip =
-        step("migrating with Poolskip", || measure(&lab, rate, Options::default(), pages.as_ref()))?;
-    if let Some(pages) = &pages {
-        pages.write(deployment.migrator())?;
-    }
+        step("migrating with Poolskip", || measure(&lab, rate, Options::default(), &pages, show))?;
+    let page = pages.write(deployment.migrator())?;
     let lists = poolskip
         .report
         .lists
@@ -149,9 +162,9 @@ pub fn run(args: &Args) -> Result<()> {
         frames_listed_read: lists.frames_read,
         frames_listed_written: lists.frames_written,
     };
-    let proof = prove(&lab, server)?;
+    let proof = prove(&lab, server, show)?;
     deployment.give_wrong_hints(&lab)?;
-    let wrong_hints_while_writing = write_through(&lab, server)?;
+    let wrong_hints_while_writing = write_through(&lab, server, show)?;
     ensure!(
         wrong_hints_while_writing.pages_refused > 0,
         "wrong hints were given, and none was refused: they prove nothing"
@@ -165,15 +178,16 @@ pub fn run(args: &Args) -> Result<()> {
         std::fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
         eprintln!("figures written to {}", path.display());
     }
+    println!("\nBoth migrations, for your browser: {}", page.display());
     Ok(())
 }
 
-/// Migrates from source to target over the limited link with the ticker running; the report is kept if pages are wanted.
-fn measure(lab: &Lab, rate: u64, options: Options, pages: Option<&Pages>) -> Result<Measured> {
+/// Migrates from source to target over the limited link with the ticker running; the report is kept for the page.
+fn measure(lab: &Lab, rate: u64, options: Options, pages: &Pages, show: Show) -> Result<Measured> {
     lab.set_link_rate(Some(rate))?;
     lab.set_clocks()?;
     Deployment::start_ticker(lab)?;
-    let mut report = migrate(lab, Host::Source, options)?;
+    let mut report = show.migrate(lab, Host::Source, options, false)?;
     if options.stock {
         // The stock helper knows neither markers nor references.
         for none in [
@@ -187,10 +201,8 @@ fn measure(lab: &Lab, rate: u64, options: Options, pages: Option<&Pages>) -> Res
     }
     let downtime: Duration = Deployment::stop_ticker(lab)?;
     lab.set_link_rate(None)?;
-    if let Some(pages) = pages {
-        let report_file = migration::report_file(lab, Host::Source)?;
-        pages.keep(options.stock, &report_file, downtime.as_secs_f64())?;
-    }
+    let report_file = migration::report_file(lab, Host::Source)?;
+    pages.keep(options.stock, &report_file, downtime.as_secs_f64())?;
     Ok(Measured { downtime_seconds: downtime.as_secs_f64(), report })
 }
 
@@ -198,10 +210,10 @@ fn measure(lab: &Lab, rate: u64, options: Options, pages: Option<&Pages>) -> Res
 ///
 /// # Errors
 /// When anything differs.
-pub fn prove(lab: &Lab, before: proof::Server) -> Result<Proof> {
+pub fn prove(lab: &Lab, before: proof::Server, show: Show) -> Result<Proof> {
     let found = whole(lab, before)?;
     let report = step("back again, with all memory compared at the end", || {
-        migrate(lab, Host::Target, Options { stock: false, verify: true })
+        show.migrate(lab, Host::Target, Options { stock: false, verify: true }, false)
     })?;
     let verify_mismatches = report.verify_mismatches.context("the migration did not verify")?;
     ensure!(verify_mismatches == 0, "{verify_mismatches} pages differ at the target");
@@ -229,13 +241,13 @@ pub fn prove(lab: &Lab, before: proof::Server) -> Result<Proof> {
 /// # Errors
 /// When a transaction is lost, half there or one too many, a table is not sound, a page differs, or no packet came late (then the
 /// comparison's own part was not tried).
-pub fn write_through(lab: &Lab, before: proof::Server) -> Result<Writing> {
+pub fn write_through(lab: &Lab, before: proof::Server, show: Show) -> Result<Writing> {
     let writer = step("starting a client that writes", || Writer::start(lab))?;
     let acknowledged_before = writer.acknowledged(lab)?;
     let from = lab.guest_host()?;
     let packets = lab.host(from).spawn("exec ping -i 0.5 -I br1 ff02::1")?;
     let report = step("migrating while the client writes and packets arrive, all memory compared", || {
-        migrate(lab, from, Options { stock: false, verify: true })
+        show.migrate(lab, from, Options { stock: false, verify: true }, true)
     })?;
     ensure!(!packets.has_ended(), "the packets ended before the migration: {}", packets.output());
     drop(packets);

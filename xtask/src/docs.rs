@@ -120,6 +120,7 @@ const OTHERS: &[&str] = &[
     "mdbook",
     "modprobe",
     "openssl",
+    "scp",
     "systemctl",
     "xl",
     "dkms",

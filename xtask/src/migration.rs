@@ -112,6 +112,13 @@ pub struct Options {
     pub verify: bool,
 }
 
+impl Options {
+    fn flags(self) -> Vec<&'static str> {
+        let flags = [(self.stock, "--stock"), (self.verify, "--debug")];
+        flags.iter().filter(|(wanted, _)| *wanted).map(|(_, flag)| *flag).collect()
+    }
+}
+
 /// What the receiver says when it can be reached.
 const READY: &str = "ready to receive domains";
 
@@ -129,9 +136,7 @@ pub struct Started {
 /// # Errors
 /// When the receiving side does not come up.
 pub fn start(lab: &Lab, from: Host, options: Options) -> Result<Started> {
-    let flags = [(options.stock, "--stock"), (options.verify, "--debug")];
-    let flags: Vec<_> = flags.iter().filter(|(wanted, _)| *wanted).map(|(_, flag)| *flag).collect();
-    start_with(lab, from, &flags)
+    start_with(lab, from, &options.flags())
 }
 
 /// What says that connections are neither encrypted nor authenticated. The lab's figures are of the stream, and TLS under emulation
@@ -249,12 +254,19 @@ impl Started {
     /// # Errors
     /// When either side fails: with what both said.
     pub fn finish(self, lab: &Lab) -> Result<Report> {
+        self.finish_watched(lab, &mut Plain)
+    }
+
+    fn finish_watched(self, lab: &Lab, onlooker: &mut dyn Onlooker) -> Result<Report> {
         let start = Instant::now();
         let mut shown = 0;
         while !self.sender.has_ended() && start.elapsed() < LIMIT {
-            shown = show_from(&self.sender.output(), shown);
+            shown = show_from(&self.sender.output(), shown, onlooker);
+            onlooker.tick();
             thread::sleep(Duration::from_millis(500));
         }
+        show_from(&self.sender.output(), shown, onlooker);
+        onlooker.tick();
         let ended = self.sender.wait(Duration::from_secs(1));
         let status = ended.as_ref().map_or(-1, |output| output.status);
         if status != 0 {
@@ -283,13 +295,38 @@ impl Started {
     }
 }
 
-/// Shows the whole lines of `text` from byte `from` on; where to go on.
-fn show_from(text: &str, from: usize) -> usize {
-    let Some(new) = text.get(from..) else { return from };
-    let Some(end) = new.rfind('\n') else { return from };
-    for line in new[..end].lines() {
+/// Whoever looks on while a migration runs.
+pub trait Onlooker {
+    /// Whether the sender is to tell its progress for programs (`--progress json`).
+    fn wants_events(&self) -> bool;
+
+    /// The sender has said a line.
+    fn line(&mut self, line: &str);
+
+    /// Time has passed: about half a second.
+    fn tick(&mut self);
+}
+
+/// One who wants to read the sender's own lines.
+pub struct Plain;
+
+impl Onlooker for Plain {
+    fn wants_events(&self) -> bool {
+        false
+    }
+
+    fn line(&mut self, line: &str) {
         eprintln!("    {line}");
     }
+
+    fn tick(&mut self) {}
+}
+
+/// Shows the whole lines of `text` from byte `from` on; where to go on.
+fn show_from(text: &str, from: usize, onlooker: &mut dyn Onlooker) -> usize {
+    let Some(new) = text.get(from..) else { return from };
+    let Some(end) = new.rfind('\n') else { return from };
+    new[..end].lines().for_each(|line| onlooker.line(line));
     from + end + 1
 }
 
@@ -307,4 +344,18 @@ pub fn report_file(lab: &Lab, from: Host) -> Result<Vec<u8>> {
 /// When either side fails: with what both said.
 pub fn migrate(lab: &Lab, from: Host, options: Options) -> Result<Report> {
     start(lab, from, options)?.finish(lab)
+}
+
+/// The same, and somebody looks on.
+///
+/// # Errors
+/// Those of [`migrate`].
+pub fn migrate_watched(
+    lab: &Lab,
+    from: Host,
+    options: Options,
+    onlooker: &mut dyn Onlooker,
+) -> Result<Report> {
+    let events: &[&str] = if onlooker.wants_events() { &["--progress", "json"] } else { &[] };
+    start_with(lab, from, &[&options.flags(), events].concat())?.finish_watched(lab, onlooker)
 }

@@ -118,6 +118,19 @@ impl Writer {
     /// # Errors
     /// When the server refuses, or nothing is ever acknowledged.
     pub fn start(lab: &Lab) -> Result<Self> {
+        Self::start_with(lab, "", "")
+    }
+
+    /// The same with a second between two transactions, where the guest's processor is wanted for other things.
+    ///
+    /// # Errors
+    /// Those of [`Writer::start`].
+    pub fn start_slowly(lab: &Lab) -> Result<Self> {
+        // Waiting for what never comes starts no process.
+        Self::start_with(lab, "exec 9<> <(:); ", "read -r -t 1 -u 9; ")
+    }
+
+    fn start_with(lab: &Lab, before: &str, pause: &str) -> Result<Self> {
         query(
             lab,
             "CREATE DATABASE IF NOT EXISTS poolskip; DROP TABLE IF EXISTS poolskip.log; \
@@ -128,7 +141,7 @@ impl Writer {
         guest(
             lab,
             &format!(
-                "n=0; while :; do n=$((n+1)); echo \"BEGIN; UPDATE sbtest.sbtest1 SET k = k + 1 WHERE id = 1 + ($n * 7919) % {rows}; \
+                "{before}n=0; while :; do {pause}n=$((n+1)); echo \"BEGIN; UPDATE sbtest.sbtest1 SET k = k + 1 WHERE id = 1 + ($n * 7919) % {rows}; \
                  INSERT INTO poolskip.log VALUES ($n); COMMIT; SELECT $n;\"; done 2>/dev/null | {MYSQL} --unbuffered \
                  >/run/writer.acknowledged 2>/run/writer.errors & echo $! >/run/writer.pid; \
                  for i in $(seq 600); do [ -s /run/writer.acknowledged ] && exit 0; sleep 0.5; done; \

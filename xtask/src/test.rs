@@ -1,7 +1,9 @@
 //! `cargo xtask test`: everything that must hold, from the sources' form to a migration between two hosts.
 
 mod bed;
+mod deploy_cases;
 mod faults;
+mod footprint;
 mod guest_cases;
 mod lab_cases;
 mod licences;
@@ -25,7 +27,7 @@ use crate::{fuzz, mariadb, module_test, mysql, package, setup, volume_test};
 /// Run all tests.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Only these parts; all but `fuzz` and `pvh` when none is named
+    /// Only these parts; all but `fuzz`, `pvh` and `deploy` when none is named
     #[arg(value_enum)]
     parts: Vec<Part>,
     /// Of the lab's cases, only those with this in their names; may be given more than once
@@ -46,8 +48,11 @@ pub struct Args {
     /// The same as `module`
     #[arg(long)]
     module: bool,
+    /// The same as `deploy`
+    #[arg(long)]
+    deploy: bool,
     /// Only the module core's tests of calls and of xenstore, under Miri (some minutes; needs a nightly toolchain with `miri` and `rust-src`)
-    #[arg(long, conflicts_with_all = ["parts", "module"])]
+    #[arg(long, conflicts_with_all = ["parts", "module", "deploy"])]
     miri: bool,
 }
 
@@ -70,15 +75,19 @@ enum Part {
     Lab,
     /// The same of a PVH guest, Debian 13 with Xen 4.20; only when it is named, for its migrations are slow under emulation
     Pvh,
+    /// The quick start in the lab of whole Debian systems: deployed over ssh, migrated there and back, removed without a trace; only when
+    /// it is named, for packages are slow to install under emulation
+    Deploy,
 }
 
 impl Part {
-    /// Its cases in a lab.
-    fn cases(self) -> &'static [bed::Case] {
+    /// Names of its cases in a lab.
+    fn cases(self) -> Vec<&'static str> {
         match self {
-            Self::Lint | Self::Native | Self::Package | Self::Fuzz | Self::Module | Self::Volume => &[],
-            Self::Lab => &lab_cases::CASES,
-            Self::Pvh => &pvh_cases::CASES,
+            Self::Lint | Self::Native | Self::Package | Self::Fuzz | Self::Module | Self::Volume => Vec::new(),
+            Self::Lab => lab_cases::CASES.iter().map(|(name, _)| *name).collect(),
+            Self::Pvh => pvh_cases::CASES.iter().map(|(name, _)| *name).collect(),
+            Self::Deploy => deploy_cases::CASES.iter().map(|(name, _)| *name).collect(),
         }
     }
 }
@@ -108,16 +117,20 @@ pub fn run(args: &Args) -> Result<()> {
         Part::Volume,
         Part::Lab,
         Part::Pvh,
+        Part::Deploy,
     ];
-    let is_default = |part: &Part| !matches!(part, Part::Fuzz | Part::Pvh);
+    let is_default = |part: &Part| !matches!(part, Part::Fuzz | Part::Pvh | Part::Deploy);
     let mut named = args.parts.clone();
     if args.module {
         named.push(Part::Module);
     }
+    if args.deploy {
+        named.push(Part::Deploy);
+    }
     let is_wanted = |part: &Part| if named.is_empty() { is_default(part) } else { named.contains(part) };
     let parts: Vec<Part> = all.into_iter().filter(is_wanted).collect();
     for only in &args.cases {
-        let has_it = |part: &Part| part.cases().iter().any(|(name, _)| name.contains(only));
+        let has_it = |part: &Part| part.cases().iter().any(|name| name.contains(only));
         ensure!(parts.iter().any(has_it), "no case of the lab has {only:?} in its name");
     }
     let (mut passed, mut failed) = (0, Vec::new());
@@ -131,6 +144,7 @@ pub fn run(args: &Args) -> Result<()> {
             Part::Volume => volume_test::run(),
             Part::Lab => lab_cases::run(&args.cases),
             Part::Pvh => pvh_cases::run(&args.cases),
+            Part::Deploy => deploy_cases::run(&args.cases),
         };
         match result {
             Ok(()) => passed += 1,

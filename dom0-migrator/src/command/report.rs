@@ -13,8 +13,9 @@ use crate::report_file::{self, LENGTH_MAX, ParseError, ReportFile};
 /// Options of `report`.
 #[derive(Debug, Args)]
 pub struct Report {
-    /// The report file that `migrate` wrote.
-    #[arg(value_name = "FILE")]
+    /// The report file that `migrate` wrote; or a domain's name, for its newest one in /var/lib/poolskip/reports (or in the directory that
+    /// POOLSKIP_REPORTS names).
+    #[arg(value_name = "FILE|DOMAIN")]
     pub file: PathBuf,
     /// The page to write; `-` is standard output.
     #[arg(short, long, value_name = "PAGE.html")]
@@ -47,7 +48,7 @@ pub fn run(options: &Report) -> u8 {
 }
 
 fn page(options: &Report) -> Result<(), ReportError> {
-    let report = read(&options.file)?;
+    let report = read(&of_domain(&options.file).unwrap_or_else(|| options.file.clone()))?;
     let other = options.compare.as_deref().map(read).transpose()?;
     let page = html::page(&report, other.as_ref());
     let written = if options.output == Path::new("-") {
@@ -56,6 +57,12 @@ fn page(options: &Report) -> Result<(), ReportError> {
         std::fs::write(&options.output, page)
     };
     written.map_err(|source| ReportError::Write { path: options.output.clone(), source })
+}
+
+/// The newest report of a domain, if it is a domain's name: one that no file has.
+fn of_domain(name: &Path) -> Option<PathBuf> {
+    let is_name = name.components().count() == 1 && !name.exists();
+    report_file::newest(&report_file::directory(), name.to_str().filter(|_| is_name)?)
 }
 
 /// Reads a file, not more of it than a report may have.

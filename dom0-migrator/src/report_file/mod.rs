@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub use date::Date;
-pub use store::{DIRECTORY, DIRECTORY_VARIABLE, StoreProblem, default_path, write};
+pub use store::{DIRECTORY, DIRECTORY_VARIABLE, StoreProblem, default_path, directory, newest, write};
 
 use crate::command::Outcome;
 use crate::control::HelperKind;

@@ -32,11 +32,33 @@ pub enum StoreProblem {
     Json(#[from] serde_json::Error),
 }
 
-/// `DOMAIN-DATE.json` in [`DIRECTORY`], or in the directory that [`DIRECTORY_VARIABLE`] names.
-pub fn default_path(domain: &str, began: Date) -> PathBuf {
-    let directory = std::env::var_os(DIRECTORY_VARIABLE).map_or_else(|| DIRECTORY.into(), PathBuf::from);
-    directory.join(format!("{}-{}.json", file_name(domain), began.compact()))
+/// [`DIRECTORY`], or the directory that [`DIRECTORY_VARIABLE`] names.
+pub fn directory() -> PathBuf {
+    std::env::var_os(DIRECTORY_VARIABLE).map_or_else(|| DIRECTORY.into(), PathBuf::from)
 }
+
+/// `DOMAIN-DATE.json` in [`directory`].
+pub fn default_path(domain: &str, began: Date) -> PathBuf {
+    directory().join(format!("{}-{}.json", file_name(domain), began.compact()))
+}
+
+/// The newest report of a domain in a directory, by the dates in the names; none where there is no report of it.
+pub fn newest(directory: &Path, domain: &str) -> Option<PathBuf> {
+    let start = format!("{}-", file_name(domain));
+    let names = std::fs::read_dir(directory).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    // What somebody else has put there may have such a name too: what follows the domain's is a date, and nothing else.
+    let is_date = |rest: &str| rest.len() == DATE.len() && rest.bytes().zip(DATE.bytes()).all(|(have, want)| match want {
+        b'0' => have.is_ascii_digit(),
+        _ => have == want,
+    });
+    let of_domain = |name: &String| {
+        name.strip_prefix(&start).and_then(|rest| rest.strip_suffix(".json")).is_some_and(is_date)
+    };
+    names.filter(of_domain).max().map(|name| directory.join(name))
+}
+
+/// The form of a date in a file's name.
+const DATE: &str = "00000000T000000Z";
 
 /// A domain's name without what has a meaning in paths or on command lines.
 fn file_name(domain: &str) -> String {
@@ -92,6 +114,22 @@ mod tests {
         assert!(error.contains("/dev/full") && error.contains("No space left"), "{error}");
         let error = write(&example(), Path::new("/proc/poolskip/report.json")).unwrap_err().to_string();
         assert!(error.contains("/proc/poolskip/report.json"), "{error}");
+    }
+
+    #[test]
+    fn the_newest_report_of_a_domain_is_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        assert_eq!(newest(directory.path(), "db1"), None);
+        assert_eq!(newest(&at("nowhere"), "db1"), None);
+        let written = default_path("db-1", example().began);
+        let name = written.file_name().unwrap().to_str().unwrap();
+        for name in [name, "db1-20261126T100000Z.json", "db1-20261126T095959Z.json", "db1-notes-of-mine.json"] {
+            std::fs::write(at(name), "").unwrap();
+        }
+        assert_eq!(newest(directory.path(), "db1"), Some(at("db1-20261126T100000Z.json")));
+        assert_eq!(newest(directory.path(), "db-1"), Some(at(name)));
+        assert_eq!(newest(directory.path(), "db"), None);
     }
 
     #[test]

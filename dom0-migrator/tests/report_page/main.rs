@@ -50,6 +50,24 @@ fn pictures(directory: &Path) -> PathBuf {
 }
 
 #[test]
+fn a_domain_s_name_stands_for_its_newest_report() {
+    let directory = tempfile::tempdir().unwrap();
+    let run = |name: &str, page: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_dom0-migrator"));
+        command.args(["report", name, "-o"]).arg(page).env("POOLSKIP_REPORTS", directory.path());
+        command.output().unwrap()
+    };
+    let mine = made_up::poolskip();
+    report_file::write(&mine, &directory.path().join("db1-20261126T100000Z.json")).unwrap();
+    let page = directory.path().join("page.html");
+    assert!(run("db1", &page).status.success());
+    assert!(std::fs::read_to_string(&page).unwrap().contains(&mine.domain));
+    let none = run("db2", &directory.path().join("none.html"));
+    assert!(!none.status.success());
+    assert!(String::from_utf8_lossy(&none.stderr).contains("cannot read db2"));
+}
+
+#[test]
 fn a_browser_shows_the_numbers_of_the_report() {
     let directory = tempfile::tempdir().unwrap();
     let (mine, other) = (made_up::poolskip(), made_up::stock());

@@ -39,11 +39,11 @@ impl Pages {
         fs::write(&path, report).with_context(|| format!("cannot write {}", path.display()))
     }
 
-    /// Makes the page, by the program that was built for the lab.
+    /// Makes the page, by the program that was built for the lab; where it is.
     ///
     /// # Errors
     /// When the program refuses a report.
-    pub fn write(&self, migrator: &Path) -> Result<()> {
+    pub fn write(&self, migrator: &Path) -> Result<PathBuf> {
         let page = self.directory.join("report.html");
         step("the page of both migrations", || {
             run(Command::new(migrator)
@@ -54,8 +54,7 @@ impl Pages {
                 .arg("-o")
                 .arg(&page))
         })?;
-        eprintln!("page written to {}", page.display());
-        Ok(())
+        Ok(page)
     }
 }
 

@@ -63,12 +63,7 @@ pub fn run(args: &Args) -> Result<()> {
             }
         })
     };
-    let machines = |role, names: &[String]| -> Vec<(Role, Machine)> {
-        names.iter().map(|name| (role, Machine::new(name, &args.ssh_option))).collect()
-    };
-    let mut all = machines(Role::Dom0, &args.dom0);
-    all.extend(machines(Role::Guest, &args.guest));
-    let mut deploy = Deploy::look(all, made.as_ref())?;
+    let mut deploy = Deploy::look(machines(args), made.as_ref())?;
     deploy.show();
     deploy.check()?;
     if args.dry_run {
@@ -77,6 +72,14 @@ pub fn run(args: &Args) -> Result<()> {
     }
     deploy.carry_out()?;
     deploy.verify()
+}
+
+/// All machines, the hosts first.
+fn machines(args: &Args) -> Vec<(Role, Machine)> {
+    let of = |role, names: &[String]| -> Vec<(Role, Machine)> {
+        names.iter().map(|name| (role, Machine::new(name, &args.ssh_option))).collect()
+    };
+    [of(Role::Dom0, &args.dom0), of(Role::Guest, &args.guest)].concat()
 }
 
 /// A machine, and what is to be done on it.

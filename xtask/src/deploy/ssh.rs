@@ -88,7 +88,7 @@ impl Machine {
         // Nobody answers questions; a machine that is silent is not waited for.
         ssh.args([
             "-oBatchMode=yes",
-            "-oConnectTimeout=10",
+            "-oConnectTimeout=30",
             "-oServerAliveInterval=10",
             "-oServerAliveCountMax=6",
             "-T",

@@ -16,6 +16,9 @@ use crate::debian_root;
 use crate::package::Made;
 use crate::step::{run as run_program, step};
 
+/// How long deploying may take until dpkg is at work in the guest.
+const PATIENCE: Duration = Duration::from_secs(600);
+
 /// How long an sshd may take to listen.
 const START: Duration = Duration::from_secs(30);
 
@@ -137,6 +140,17 @@ fn mysqld(upper: &Path) -> Result<()> {
     Ok(fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?)
 }
 
+/// Somebody who is not root, and gets in by the same key.
+fn operator(upper: &Path, key: &Path) -> Result<()> {
+    let passwd = fs::read_to_string(debian_root::root()?.join("etc/passwd"))?;
+    fs::create_dir_all(upper.join("etc"))?;
+    fs::write(upper.join("etc/passwd"), passwd + "operator:x:1000:1000::/home/operator:/bin/sh\n")?;
+    let login = upper.join("home/operator/.ssh");
+    fs::create_dir_all(&login)?;
+    fs::copy(key.with_extension("pub"), login.join("authorized_keys"))?;
+    run_program(Command::new("chown").args(["-R", "1000:1000"]).arg(upper.join("home/operator"))).map(drop)
+}
+
 /// Three systems, and how to reach them.
 struct Lab {
     guest: System,
@@ -187,6 +201,14 @@ impl Lab {
         }
     }
 
+    /// What is in the way, by machine, each machine's in one text.
+    fn obstacles(&self, args: &Args) -> Result<Vec<(String, String)>> {
+        let made = Made::find(&self.packages)?;
+        let deploy = super::Deploy::look(super::machines(args), Some(&made))?;
+        let of_job = |job: &super::Job| (job.machine.destination.clone(), job.obstacles.join("\n"));
+        Ok(deploy.jobs.iter().filter(|job| !job.obstacles.is_empty()).map(of_job).collect())
+    }
+
     /// Nothing was written anywhere since the beginning.
     fn untouched(&self, before: &[Vec<String>]) -> Result<()> {
         for (system, before) in self.systems().iter().zip(before) {
@@ -206,14 +228,18 @@ pub fn run(packages: &Path) -> Result<()> {
     let key = work.path().join("key");
     make_key(&key)?;
     let guest = System::start(&key, mysqld)?;
-    let hosts = [System::start(&key, xen)?, System::start(&key, xen)?];
+    let second = |upper: &Path| xen(upper).and_then(|()| operator(upper, &key));
+    let hosts = [System::start(&key, xen)?, System::start(&key, second)?];
     let known = work.path().join("known_hosts");
     fs::write(&known, [guest.known()?, hosts[0].known()?, hosts[1].known()?].concat())?;
     let lab = Lab { guest, hosts, key, known, packages: packages.to_owned(), _work: work };
     let before: Vec<Vec<String>> =
         lab.systems().iter().map(|system| system.traces()).collect::<Result<_>>()?;
     step("deploy: obstacles, and a plan that is only shown", || obstacles(&lab, &before))?;
-    step("deploy: installed, mysqld the same", || installed(&lab))?;
+    step("deploy: each obstacle is named, with its machine", || named(&lab, &before))?;
+    step("deploy: a disk that is full in the middle", || full(&lab))?;
+    step("deploy: broken off in the middle", || broken_off(&lab))?;
+    step("deploy: gone on with, mysqld the same", || installed(&lab))?;
     step("deploy: a second time, and over half an installation", || again(&lab))?;
     step("deploy: removed without a trace", || removed(&lab, &before))
 }
@@ -243,6 +269,131 @@ fn obstacles(lab: &Lab, before: &[Vec<String>]) -> Result<()> {
     ensure!(said.contains(nothing) && said.contains(&lab.hosts[1].destination()), "{said}");
     lab.on(&lab.hosts[1], "umount /tmp")?;
     lab.untouched(before)
+}
+
+/// What is not as it should be on a machine for the time of a look, and what is said of it then.
+struct Flaw<'a> {
+    system: &'a System,
+    /// Brings it about.
+    arrange: &'a str,
+    /// Takes it away.
+    mend: &'a str,
+    said: &'a str,
+}
+
+fn named(lab: &Lab, before: &[Vec<String>]) -> Result<()> {
+    let [one, two] = &lab.hosts;
+    let flaws = [
+        Flaw {
+            system: one,
+            // What cannot be executed is not found.
+            arrange: "mount --bind /dev/null /usr/bin/apt-get; echo 'PRETTY_NAME=\"Other 7\"' >/run/other; mount --bind /run/other /etc/os-release",
+            mend: "umount /usr/bin/apt-get; umount /etc/os-release; rm /run/other",
+            said: "it is Other 7, without apt and dpkg: use the tarball",
+        },
+        Flaw {
+            system: &lab.guest,
+            arrange: "printf '#!/bin/sh\\necho 6.6.6-own\\n' >/run/uname; chmod 755 /run/uname; mount --bind /run/uname /usr/local/bin/uname",
+            mend: "umount /usr/local/bin/uname; rm /run/uname",
+            said: "there are no headers for its kernel 6.6.6-own",
+        },
+        Flaw {
+            system: two,
+            arrange: "mount -t tmpfs none /sys/hypervisor",
+            mend: "umount /sys/hypervisor",
+            said: "it does not run Xen now",
+        },
+        Flaw {
+            system: two,
+            arrange: "echo 11111111-0000-0000-0000-000000000000 >/run/uuid; mount --bind /run/uuid /sys/hypervisor/uuid",
+            mend: "umount /sys/hypervisor/uuid; rm /run/uuid",
+            said: "it runs under Xen, but is no dom0",
+        },
+        Flaw {
+            system: one,
+            arrange: "mount -t tmpfs -o size=1m none /tmp",
+            mend: "umount /tmp",
+            said: "MiB left (the least of /usr, /var and /tmp), and 150 are needed",
+        },
+    ];
+    for Flaw { system, arrange, mend, said } in flaws {
+        lab.on(system, arrange)?;
+        let obstacles = lab.obstacles(&lab.args());
+        lab.on(system, mend)?;
+        // Of one machine, one thing: nothing is said of those that are well.
+        let expected = system.destination();
+        let obstacles = obstacles?;
+        ensure!(
+            matches!(&obstacles[..], [(machine, words)] if *machine == expected && words.contains(said)),
+            "{expected} should have said {said:?}: {obstacles:?}"
+        );
+    }
+    let stranger = lab.key.with_file_name("stranger");
+    let gone = "ssh://root@127.0.0.1:1";
+    let logins = [
+        (two.destination().replace("root@", "operator@"), &lab.key, "the login is no root (uid 1000): use root@HOST"),
+        (two.destination(), &stranger, "does not let us in"),
+        (gone.to_owned(), &lab.key, "cannot be reached"),
+    ];
+    for (destination, key, said) in logins {
+        let args = Args {
+            guest: Vec::new(),
+            dom0: vec![destination.clone()],
+            ssh_option: lab.options(key, &lab.known),
+            ..lab.args()
+        };
+        let obstacles = lab.obstacles(&args)?;
+        ensure!(
+            matches!(&obstacles[..], [(machine, words)] if *machine == destination && words.contains(said)),
+            "{destination} should have said {said:?}: {obstacles:?}"
+        );
+    }
+    lab.untouched(before)
+}
+
+/// The package does not fit where it is put: what was done and what was not is told, and the next call goes on.
+fn full(lab: &Lab) -> Result<()> {
+    let at = "/var/lib/poolskip-deploy";
+    lab.on(&lab.hosts[1], &format!("mkdir {at}; mount -t tmpfs -o size=64k none {at}"))?;
+    let said = lab.fails(&lab.args())?;
+    lab.on(&lab.hosts[1], &format!("umount {at}"))?;
+    for word in [lab.hosts[1].destination().as_str(), "could not copy poolskip-dom0", "No space left", "goes on from here"] {
+        ensure!(said.contains(word), "no {word:?} in: {said}");
+    }
+    // The first host is done, the guest behind it has not been begun with.
+    let state = "dpkg-query -W -f='${db:Status-Abbrev}' 'poolskip-*' 2>/dev/null || true";
+    ensure!(lab.on(&lab.hosts[0], state)?.trim() == "ii", "the first host was not done");
+    ensure!(lab.on(&lab.hosts[1], state)?.trim() != "ii", "half a file was installed");
+    ensure!(lab.on(&lab.guest, state)?.trim().is_empty(), "the guest was done after a failure");
+    Ok(())
+}
+
+/// The program that deploys is killed while the guest's dpkg is at work.
+fn broken_off(lab: &Lab) -> Result<()> {
+    let args = lab.args();
+    let mut command = Command::new(std::env::current_exe().context("this program has no file")?);
+    command.arg("deploy").arg("--packages").arg(&lab.packages);
+    let of = |option: &str, names: &[String]| -> Vec<String> {
+        names.iter().map(|name| format!("--{option}={name}")).collect()
+    };
+    command.args(of("guest", &args.guest)).args(of("dom0", &args.dom0)).args(of("ssh-option", &args.ssh_option));
+    let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let until = Instant::now() + PATIENCE;
+    let at_work = "cat /proc/[0-9]*/comm | grep -qx 'dpkg\\|dkms' && echo yes || true";
+    let caught = loop {
+        if let Some(status) = child.try_wait()? {
+            break Err(anyhow::anyhow!("it ended with {status} before dpkg was seen at work"));
+        }
+        if lab.on(&lab.guest, at_work)?.trim() == "yes" {
+            break Ok(());
+        }
+        if Instant::now() > until {
+            break Err(anyhow::anyhow!("dpkg is never at work in the guest"));
+        }
+    };
+    let _ = child.kill();
+    child.wait()?;
+    caught
 }
 
 /// What `doctor` says of systems without Xen and mysqld, and no more than that.

@@ -81,6 +81,9 @@ enum Command {
         /// Even if the cache has it
         #[arg(long)]
         rebuild: bool,
+        /// Only what its machines boot from: nothing is raised
+        #[arg(long, conflicts_with = "rebuild")]
+        images: bool,
     },
 }
 
@@ -114,8 +117,13 @@ pub fn run(args: &Args) -> Result<()> {
         }
         Command::Console { machine } => console(args.pid, *machine),
         Command::Down => down(args.pid),
-        Command::Build { guest, rebuild } => {
+        Command::Build { guest, rebuild, images } => {
             setup::ensure()?;
+            if *images {
+                let (hosts, disk) = frozen::images(*guest, GuestSize::default())?;
+                println!("{}\n{}", hosts.dir().display(), disk.display());
+                return Ok(());
+            }
             let frozen = frozen::get(*rebuild, *guest, GuestSize::default())?;
             println!("{}", frozen.dir().display());
             Ok(())

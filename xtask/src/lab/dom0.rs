@@ -7,9 +7,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
-use super::Flavour;
 use super::kernel::release_of;
 use super::modules::{GUEST_BOOT, HOST, HOST_BOOT, Modules};
+use super::{Flavour, debian};
 use crate::apt::{Area, Package, unpack};
 use crate::cache::{self, Key};
 use crate::step::run;
@@ -77,6 +77,9 @@ impl Images {
     /// # Errors
     /// When the mirror cannot be reached, or this is not run by root.
     pub(super) fn get(flavour: Flavour) -> Result<Self> {
+        if flavour.is_whole() {
+            return debian::host_images(flavour).map(|dir| Self { dir });
+        }
         let area = Area::open(flavour.suite())?;
         let xen = flavour.xen();
         let xen = [format!("xen-hypervisor-{xen}-amd64"), format!("xen-utils-{xen}")];
@@ -142,22 +145,9 @@ fn make(
     dir: &Path,
 ) -> Result<()> {
     let xen = flavour.xen();
-    let release = packages
-        .iter()
-        .find_map(|package| release_of(&package.name))
-        .context("linux-image-amd64 depends on no kernel")?;
     let root = dir.join("root");
     unpack(&area.download(packages)?, &root)?;
-    fs::copy(root.join(format!("boot/vmlinuz-{release}")), dir.join("vmlinuz"))?;
-    gunzip(&root.join(format!("boot/xen-{xen}-amd64.gz")), &dir.join("xen.elf"))?;
-
-    let module_dir = root.join("lib/modules").join(&release);
-    let modules = Modules::read(&root, &release, &module_dir)?;
-    fs::write(dir.join("initrd"), modules.initramfs(HOST_BOOT)?)?;
-    fs::create_dir_all(root.join("lab"))?;
-    fs::write(root.join("lab/guest-initrd"), modules.initramfs(GUEST_BOOT)?)?;
-    fs::copy(dir.join("vmlinuz"), root.join("lab/vmlinuz"))?;
-    modules.copy(HOST, HOST_BOOT, &root.join("lab/modules"))?;
+    boot_files(flavour, packages, &root, dir)?;
 
     let of_releases = [format!("usr/lib/python{}", flavour.python()), format!("usr/lib/xen-{xen}/boot")];
     for path in UNREAD.iter().copied().chain(of_releases.iter().map(String::as_str)) {
@@ -192,6 +182,26 @@ fn make(
         .arg("1500M"))?;
     fs::remove_dir_all(&root)?;
     Ok(())
+}
+
+/// Takes hypervisor and kernel out of a host's root, and makes what is loaded before it: for the host, and in its root for the guest.
+///
+/// # Errors
+/// When the root lacks one of these.
+pub(super) fn boot_files(flavour: Flavour, packages: &[Package], root: &Path, dir: &Path) -> Result<()> {
+    let release = packages
+        .iter()
+        .find_map(|package| release_of(&package.name))
+        .context("linux-image-amd64 depends on no kernel")?;
+    fs::copy(root.join(format!("boot/vmlinuz-{release}")), dir.join("vmlinuz"))?;
+    gunzip(&root.join(format!("boot/xen-{}-amd64.gz", flavour.xen())), &dir.join("xen.elf"))?;
+    let module_dir = root.join("lib/modules").join(&release);
+    let modules = Modules::read(root, &release, &module_dir)?;
+    fs::write(dir.join("initrd"), modules.initramfs(HOST_BOOT)?)?;
+    fs::create_dir_all(root.join("lab"))?;
+    fs::write(root.join("lab/guest-initrd"), modules.initramfs(GUEST_BOOT)?)?;
+    fs::copy(dir.join("vmlinuz"), root.join("lab/vmlinuz"))?;
+    modules.copy(HOST, HOST_BOOT, &root.join("lab/modules"))
 }
 
 /// What maintainer scripts would have left behind and a machine needs: a shell, mount points, the loader's cache.

@@ -8,6 +8,8 @@ pub enum Flavour {
     Pv,
     /// A PVH guest, on Debian 13 with Xen 4.20, through hardware-assisted paging
     Pvh,
+    /// A PV guest as in the first, all three machines whole Debian 12 systems: systemd, dpkg, sshd. For what is installed and operated
+    Debian,
 }
 
 impl Flavour {
@@ -16,13 +18,14 @@ impl Flavour {
         match self {
             Self::Pv => "pv",
             Self::Pvh => "pvh",
+            Self::Debian => "debian",
         }
     }
 
     /// The Debian suite of the hosts and of the guest's kernel.
     pub const fn suite(self) -> &'static str {
         match self {
-            Self::Pv => "bookworm",
+            Self::Pv | Self::Debian => "bookworm",
             Self::Pvh => "trixie",
         }
     }
@@ -30,7 +33,7 @@ impl Flavour {
     /// The suite's release of Xen, as its packages' names and directories have it.
     pub(super) const fn xen(self) -> &'static str {
         match self {
-            Self::Pv => "4.17",
+            Self::Pv | Self::Debian => "4.17",
             Self::Pvh => "4.20",
         }
     }
@@ -38,7 +41,7 @@ impl Flavour {
     /// The suite's Python, which comes with Xen's tools and is never started.
     pub(super) const fn python(self) -> &'static str {
         match self {
-            Self::Pv => "3.11",
+            Self::Pv | Self::Debian => "3.11",
             Self::Pvh => "3.13",
         }
     }
@@ -51,9 +54,14 @@ impl Flavour {
     /// What `xl create` is told beside the guest's file, which is the PV guest's.
     pub(super) const fn overrides(self) -> &'static str {
         match self {
-            Self::Pv => "",
+            Self::Pv | Self::Debian => "",
             Self::Pvh => " 'type=\"pvh\"'",
         }
+    }
+
+    /// Whether its machines are whole systems with a service manager and sshd.
+    pub(super) const fn is_whole(self) -> bool {
+        matches!(self, Self::Debian)
     }
 
     /// Whether the guest stands still while the lab is frozen: the state of a processor that is inside a hardware-assisted guest is more
@@ -71,7 +79,8 @@ mod tests {
     fn the_pv_lab_s_files_are_as_they_stand() {
         let file = include_str!("files/dom0-init");
         assert_eq!(Flavour::Pv.adapted(file), file);
-        assert_eq!(Flavour::Pv.overrides(), "");
+        assert_eq!((Flavour::Pv.overrides(), Flavour::Debian.overrides()), ("", ""));
+        assert_eq!(Flavour::Debian.adapted(file), file);
         assert!(include_str!("files/db1.cfg").contains("\ntype = \"pv\"\n"));
     }
 

@@ -12,12 +12,15 @@ use super::dom0::Images;
 use super::prune::prune;
 use super::qemu::{Config, version};
 use super::raised::{Lab, copy};
-use super::{Flavour, GuestSize, Host, guest_disk};
+use super::{Flavour, GuestSize, Host, debian, guest_disk};
 use crate::cache::{self, Key};
 use crate::step::step;
 
 /// The disks that belong to the state.
 pub(super) const DISKS: [&str; 3] = ["source.qcow2", "target.qcow2", "shared.raw"];
+
+/// How long the guest may take to a shell; with a service manager it takes minutes.
+const GUEST_BOOT: Duration = Duration::from_secs(900);
 
 /// How long mysqld may take to start under emulation.
 const SERVER_START: Duration = Duration::from_secs(600);
@@ -52,14 +55,23 @@ impl Frozen {
     }
 }
 
+/// What the hosts boot from, and the guest's disk; made if the cache has none.
+///
+/// # Errors
+/// When they cannot be made.
+pub(super) fn images(flavour: Flavour, size: GuestSize) -> Result<(Images, PathBuf)> {
+    let images = Images::get(flavour)?;
+    let disk = if flavour.is_whole() { debian::guest_disk(flavour, size)? } else { guest_disk::get(size)? };
+    Ok((images, disk))
+}
+
 /// The frozen lab of everything as it is now, built if the cache has none.
 ///
 /// # Errors
 /// When it cannot be built.
 pub(super) fn get(rebuild: bool, flavour: Flavour, size: GuestSize) -> Result<Frozen> {
     let version = version()?;
-    let images = Images::get(flavour)?;
-    let disk = guest_disk::get(size)?;
+    let (images, disk) = images(flavour, size)?;
     let key = || -> Result<Key> {
         let mut key = Key::new("lab-warm-1")
             .with(version.as_bytes())
@@ -97,7 +109,7 @@ fn build(images: &Images, disk: &Path, flavour: Flavour, size: GuestSize, dir: &
     step("booting the guest", || {
         let create = format!("xl create -q /lab/db1.cfg{}{}", size.overrides(), flavour.overrides());
         source.must(&create, Duration::from_secs(120))?;
-        lab.guest().must(":", Duration::from_secs(180)).map(drop).with_context(|| {
+        lab.guest().must(":", GUEST_BOOT).map(drop).with_context(|| {
             let log = source.run(
                 "tail -n 30 /var/log/xen/guest-db1.log; xl list; xl dmesg | tail -n 20",
                 Duration::from_secs(60),

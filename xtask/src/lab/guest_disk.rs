@@ -15,7 +15,7 @@ use crate::mysql;
 use crate::step::{run, step};
 
 /// Where its partition begins.
-const PARTITION_OFFSET: u64 = 1 << 20;
+pub(super) const PARTITION_OFFSET: u64 = 1 << 20;
 
 /// sysbench's tables.
 pub(super) const TABLES: u32 = 4;
@@ -86,7 +86,7 @@ pub fn get(size: GuestSize) -> Result<PathBuf> {
 }
 
 /// The start of a command line whose program, with all that it starts and mounts, is gone when it ends or this process does.
-fn contained() -> Command {
+pub(super) fn contained() -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child=KILL"]);
     command
@@ -110,7 +110,11 @@ fn write_disk(root: &Path, image: &Path, disk_bytes: u64) -> Result<()> {
     Ok(())
 }
 
-fn partition(image: &Path) -> Result<()> {
+/// Gives an image its one partition.
+///
+/// # Errors
+/// When sfdisk fails.
+pub(super) fn partition(image: &Path) -> Result<()> {
     let mut sfdisk = Command::new("sfdisk")
         .args(["--quiet", "--no-reread", "--no-tell-kernel"])
         .arg(image)

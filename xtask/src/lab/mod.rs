@@ -3,6 +3,7 @@
 
 mod cli;
 mod clock;
+mod debian;
 mod dom0;
 mod flavour;
 mod frozen;
@@ -47,6 +48,14 @@ impl Host {
         match self {
             Self::Source => "source",
             Self::Target => "target",
+        }
+    }
+
+    /// Its name where there are systems with names, as in the pages.
+    pub const fn alias(self) -> &'static str {
+        match self {
+            Self::Source => "host-a",
+            Self::Target => "host-b",
         }
     }
 

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 
 use super::Host;
 use super::dom0::Images;
@@ -27,6 +28,9 @@ const DOM0_MIB: u32 = 1024;
 
 /// Where a host's dom0 listens for shells, and the guest behind its bridge.
 const SHELL_PORT: u16 = 7000;
+
+/// Where systems that have an sshd have it.
+const SSH_PORT: u16 = 22;
 
 /// The guest's address, in the network that QEMU gives each host for its guests.
 const GUEST_ADDRESS: &str = "10.3.0.16";
@@ -51,8 +55,19 @@ pub(super) struct Config {
     pub(super) dom0_port: u16,
     /// Port of this machine that leads to a shell in the guest, while it is on this host.
     pub(super) guest_port: u16,
+    /// Ports of this machine that lead to the sshds, where there are any.
+    pub(super) ssh: Option<SshPorts>,
     /// Whether a frozen state is to be read before it runs.
     pub(super) resume: bool,
+}
+
+/// Ports of this machine that lead to sshds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SshPorts {
+    /// dom0's.
+    pub(super) dom0: u16,
+    /// The guest's, while it is on this host.
+    pub(super) guest: u16,
 }
 
 impl Config {
@@ -68,6 +83,7 @@ impl Config {
             logs: nowhere,
             dom0_port: 0,
             guest_port: 0,
+            ssh: None,
             resume: false,
         }
     }
@@ -129,7 +145,12 @@ impl Config {
             format!("file={},format=raw,if=none,id=d1,cache=none,file.locking=off", self.shared.display()),
         );
         add("-device", "virtio-blk-pci,drive=d1".into());
-        add("-netdev", format!("user,id=n0,hostfwd=tcp:127.0.0.1:{}-:{SHELL_PORT}", self.dom0_port));
+        let (mut to_dom0, mut to_guest) = (String::new(), String::new());
+        if let Some(SshPorts { dom0, guest }) = self.ssh {
+            to_dom0 = format!(",hostfwd=tcp:127.0.0.1:{dom0}-:{SSH_PORT}");
+            to_guest = format!(",hostfwd=tcp:127.0.0.1:{guest}-{GUEST_ADDRESS}:{SSH_PORT}");
+        }
+        add("-netdev", format!("user,id=n0,hostfwd=tcp:127.0.0.1:{}-:{SHELL_PORT}{to_dom0}", self.dom0_port));
         add("-device", format!("virtio-net-pci,netdev=n0,romfile=,mac=52:54:00:00:00:0{number}"));
         add(
             "-netdev",
@@ -142,7 +163,7 @@ impl Config {
         add(
             "-netdev",
             format!(
-                "user,id=n2,net=10.3.0.0/24,host=10.3.0.2,hostfwd=tcp:127.0.0.1:{}-{GUEST_ADDRESS}:{SHELL_PORT}",
+                "user,id=n2,net=10.3.0.0/24,host=10.3.0.2,hostfwd=tcp:127.0.0.1:{}-{GUEST_ADDRESS}:{SHELL_PORT}{to_guest}",
                 self.guest_port
             ),
         );
@@ -217,6 +238,22 @@ impl Qemu {
                 self.config.host.name(),
                 self.console_tail()
             );
+        }
+        Ok(())
+    }
+
+    /// Ends it in such a way that its images are whole.
+    ///
+    /// # Errors
+    /// When its monitor does not answer, or it does not end.
+    pub(super) fn quit(&mut self) -> Result<()> {
+        self.monitor()?.execute("quit", &json!({}))?;
+        let start = Instant::now();
+        while self.child.try_wait()?.is_none() {
+            if start.elapsed() > Duration::from_secs(60) {
+                bail!("QEMU of {} does not end", self.config.host.name());
+            }
+            thread::sleep(Duration::from_millis(50));
         }
         Ok(())
     }
@@ -352,6 +389,16 @@ mod tests {
         let resumed = Config { resume: true, ..config(Host::Source) }.arguments();
         assert_eq!(resumed[..booted.len()], booted);
         assert_eq!(resumed[booted.len()..], ["-S", "-incoming", "defer"]);
+    }
+
+    #[test]
+    fn sshds_are_reached_only_where_there_are_some() {
+        assert!(!config(Host::Source).arguments().join(" ").contains("-:22"));
+        let ssh = Some(SshPorts { dom0: 1003, guest: 1004 });
+        let networks =
+            values(&Config { ssh, ..config(Host::Source) }.arguments(), "-netdev").join(" ");
+        assert!(networks.contains(",hostfwd=tcp:127.0.0.1:1003-:22 "), "{networks}");
+        assert!(networks.contains(",hostfwd=tcp:127.0.0.1:1004-10.3.0.16:22"), "{networks}");
     }
 
     #[test]

@@ -14,16 +14,16 @@ use super::dom0::Images;
 use super::frozen;
 use super::link::{self, LinkBytes};
 use super::machine::Machine;
-use super::qemu::{Config, Qemu, free_port, make_overlay};
+use super::qemu::{Config, Qemu, SshPorts, free_port, make_overlay};
 use super::run_dir::{Record, RunDir};
 use super::storage::{self, FailingDisk};
-use super::{Flavour, GuestSize, Host, guest_disk};
+use super::{Flavour, GuestSize, Host, debian, guest_disk};
 use crate::ending::{forget_process, register_process};
 use crate::setup;
 use crate::step::{run, step};
 
 /// How long a host may take from its start to a shell.
-const BOOT: Duration = Duration::from_secs(240);
+const BOOT: Duration = Duration::from_secs(1200);
 
 /// How long a short command may take.
 const SHORT: Duration = Duration::from_secs(60);
@@ -143,6 +143,10 @@ impl Lab {
                 logs: run_dir.disks().to_owned(),
                 dom0_port: free_port()?,
                 guest_port: free_port()?,
+                ssh: flavour
+                    .is_whole()
+                    .then(|| anyhow::Ok(SshPorts { dom0: free_port()?, guest: free_port()? }))
+                    .transpose()?,
                 resume,
             })?;
             let running = Running(qemu);
@@ -215,6 +219,28 @@ impl Lab {
         run_dir
     }
 
+    /// Ends the lab, and has each machine's dpkg compare the packages' files on the disks that it leaves with what they were when they were
+    /// installed; what it says now and did not say of the images.
+    ///
+    /// # Errors
+    /// When a disk cannot be read.
+    pub fn end_and_verify(mut self) -> Result<Vec<String>> {
+        for machine in [self.guest(), self.host(Host::Source), self.host(Host::Target)] {
+            machine.must("sync", SHORT)?;
+        }
+        self.source.0.quit()?;
+        self.target.0.quit()?;
+        let run_dir = self.into_disks();
+        let mut found = debian::verify(&run_dir.disks().join("shared.raw"), "guest")?;
+        for host in Host::BOTH {
+            let raw = run_dir.disks().join("verified.raw");
+            let overlay = run_dir.disks().join(format!("{}.qcow2", host.name()));
+            run(Command::new("qemu-img").args(["convert", "-O", "raw"]).arg(overlay).arg(&raw))?;
+            found.extend(debian::verify(&raw, host.name())?);
+        }
+        Ok(found)
+    }
+
     /// A host's dom0.
     pub fn host(&self, host: Host) -> Machine {
         let config = self.qemu(host).config();
@@ -225,6 +251,31 @@ impl Lab {
     pub fn guest(&self) -> Machine {
         let ports = Host::BOTH.map(|host| self.qemu(host).config().guest_port);
         Machine::new("guest", ports.to_vec(), None)
+    }
+
+    /// ssh's configuration by which this machine reaches the hosts as `host-a` and `host-b`, and as `db1` the guest while it is on the
+    /// source; only where they have an sshd.
+    ///
+    /// # Errors
+    /// When they have none, or there is no key.
+    pub fn ssh_configuration(&self) -> Result<String> {
+        let login = debian::login()?;
+        let mut words = String::new();
+        let ports = |host| self.qemu(host).config().ssh.context("the machines of this lab have no sshd");
+        for (name, port) in [
+            (Host::Source.alias(), ports(Host::Source)?.dom0),
+            (Host::Target.alias(), ports(Host::Target)?.dom0),
+            ("db1", ports(Host::Source)?.guest),
+        ] {
+            words += &format!("Host {name}\n  HostName 127.0.0.1\n  Port {port}\n");
+        }
+        words += &format!(
+            "Host *\n  HostKeyAlias lab\n  IdentityFile {}\n  IdentitiesOnly yes\n  UserKnownHostsFile {}\n  \
+             GlobalKnownHostsFile /dev/null\n  StrictHostKeyChecking yes\n",
+            login.key.display(),
+            login.known_hosts.display()
+        );
+        Ok(words)
     }
 
     /// Where the guest is now.

@@ -116,17 +116,7 @@ pub(super) fn lists_again(bed: &Bed<'_>) -> Result<()> {
         Ok(lab.host(at).run(&format!("xenstore-exists {node}/version"), LIMIT)?.status == 0)
     })?;
     let before = Counters::read(lab)?;
-    let answer = host(
-        lab,
-        at,
-        &format!(
-            "node={node}; last=$(xenstore-read $node/request); n=$((${{last%% *}} + 1)); xenstore-write $node/request \"$n snapshot\"; \
-             for i in $(seq 240); do answer=$(xenstore-read $node/answer); [ \"${{answer% *}}\" = $n ] && {{ echo $answer; exit 0; }}; \
-             sleep 0.5; done; echo \"request $n is not answered: $answer\" >&2; exit 1"
-        ),
-    )?;
-    let generation: u64 = answer.trim().rsplit(' ').next().unwrap_or_default().parse()?;
-    ensure!(generation > 0, "the guest answers that it has no lists: {answer:?}");
+    ask_for_lists(lab, at)?;
     let after = Counters::read(lab)?;
     ensure!(after.announced, "the module could not announce itself: {after:?}");
     // A signal that the hypervisor refuses, for the channel is not there, is not counted.
@@ -135,6 +125,23 @@ pub(super) fn lists_again(bed: &Bed<'_>) -> Result<()> {
         "one request and one signal: {before:?}, then {after:?}"
     );
     kernel_is_content(lab)
+}
+
+/// Asks the guest for its lists as a migration does, by the store of the host that has it.
+pub(super) fn ask_for_lists(lab: &Lab, at: Host) -> Result<()> {
+    let answer = host(
+        lab,
+        at,
+        &format!(
+            "node=/local/domain/$(xl domid {DOMAIN})/data/poolskip; last=$(xenstore-read $node/request); n=$((${{last%% *}} + 1)); \
+             xenstore-write $node/request \"$n snapshot\"; \
+             for i in $(seq 240); do answer=$(xenstore-read $node/answer); [ \"${{answer% *}}\" = $n ] && {{ echo $answer; exit 0; }}; \
+             sleep 0.5; done; echo \"request $n is not answered: $answer\" >&2; exit 1"
+        ),
+    )?;
+    let generation: u64 = answer.trim().rsplit(' ').next().unwrap_or_default().parse()?;
+    ensure!(generation > 0, "the guest answers that it has no lists: {answer:?}");
+    Ok(())
 }
 
 /// `xl save` and `xl restore`, by the stock helper: the guest is the same, and dom0 gets its lists again.

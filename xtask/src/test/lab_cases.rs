@@ -8,7 +8,7 @@ use super::guest_cases::{
     saved_and_restored, tables_whole, unload, wait_for,
 };
 use super::{storage_cases, xl_case};
-use crate::demo::write_through;
+use crate::demo::{Show, write_through};
 use crate::deployment::{Deployment, LIMIT, host};
 use crate::lab::{Flavour, Host, Lab};
 use crate::migration::{DOMAIN, Options, certify, check, migrate_encrypted, start};
@@ -66,7 +66,7 @@ fn misled_while_writing(bed: &Bed<'_>) -> Result<()> {
     let lab = &bed.lab;
     bed.deployment.give_wrong_hints(lab)?;
     let before = Counters::read(lab)?;
-    let writing = write_through(lab, bed.server)?;
+    let writing = write_through(lab, bed.server, Show::Lines)?;
     ensure!(writing.pages_refused > 0, "wrong hints were given, and none was refused: they prove nothing");
     let after = Counters::read(lab)?;
     ensure!(
