@@ -1,7 +1,8 @@
 //! Which files a process of a host opens, with all that it starts: what the kernel saw, not what we asked for.
 //!
-//! A kprobe stands where every opening by name comes by, whatever asked for it: a system call, io_uring, or the start of a program. It is
-//! kprobe events of tracefs, which every Debian kernel has; what they tell is limited to one process and its offspring.
+//! A kprobe stands where every opening by name comes by, whichever system call asked for it, the start of a program too. It is kprobe events
+//! of tracefs, which every Debian kernel has; what they tell is limited to one process and its offspring, threads as well. Workers of
+//! io_uring are none: what it opened in their stead would not be seen (our programs ask it for reads, and for nothing else).
 
 use anyhow::{Context, Result, bail, ensure};
 
