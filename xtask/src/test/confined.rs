@@ -25,8 +25,16 @@ pub(super) fn peak(lab: &Lab, at: Host, name: &str) -> Result<u64> {
     let group = format!("{GROUPS}/{name}");
     let words = host(lab, at, &format!("cat {group}/memory.peak {group}/memory.events"))?;
     let peak = parse(&words).with_context(|| format!("of {name} on {at:?}"))?;
-    host(lab, at, &format!("for i in $(seq 100); do rmdir {group} 2>/dev/null && exit 0; sleep 0.2; done; cat {group}/cgroup.procs >&2; exit 1"))
-        .with_context(|| format!("something of {name} still runs on {at:?}"))?;
+    // What goes on, as the xl that waits for its domain to end does, goes on outside.
+    host(
+        lab,
+        at,
+        &format!(
+            "for p in $(cat {group}/cgroup.procs); do echo $p >{GROUPS}/cgroup.procs; done; \
+             for i in $(seq 100); do rmdir {group} 2>/dev/null && exit 0; sleep 0.2; done; cat {group}/cgroup.procs >&2; exit 1"
+        ),
+    )
+    .with_context(|| format!("something of {name} still runs on {at:?}"))?;
     Ok(peak)
 }
 
