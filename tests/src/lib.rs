@@ -7,6 +7,7 @@
 
 pub mod disk;
 pub mod fake_device;
+pub mod hostile;
 pub mod kernel;
 pub mod listed;
 pub mod running;

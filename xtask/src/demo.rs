@@ -147,8 +147,7 @@ pub fn run(args: &Args) -> Result<()> {
     deployment.install(&lab)?;
     deployment.start_probe(&lab, "")?;
     let server = proof::server(&lab)?;
-    let poolskip =
-        step("migrating with Poolskip", || measure(&lab, rate, Options::default(), &pages, show))?;
+    let poolskip = step("migrating with Poolskip", || measure(&lab, rate, Options::default(), &pages, show))?;
     let page = pages.write(deployment.migrator())?;
     let lists = poolskip
         .report

@@ -24,6 +24,8 @@ const LIBRARY: &str = "/usr/local/lib/domains";
 pub const PROBE: &str = "/usr/local/bin/guest-probe";
 /// Where the compressing transport lies in both hosts.
 pub const ZSTD_PIPE: &str = "/usr/local/bin/zstd-pipe";
+/// Where the hostile program lies in the guest.
+pub const HOSTILE: &str = "/root/hostile-guest";
 /// Where the ticker lies in the guest.
 const TICKER: &str = "/usr/local/bin/guest-ticker";
 /// The module in the guest.
@@ -59,6 +61,7 @@ pub struct Deployment {
     migrator: PathBuf,
     domains: PathBuf,
     probe: PathBuf,
+    hostile: PathBuf,
     ticker: PathBuf,
     tpcc: PathBuf,
     zstd_pipe: PathBuf,
@@ -88,6 +91,7 @@ impl Deployment {
             migrator: stripped("dom0-migrator")?,
             domains: stripped("domains")?,
             probe: stripped("guest-probe")?,
+            hostile: stripped("hostile-guest")?,
             ticker: stripped("guest-ticker")?,
             tpcc: stripped("tpcc")?,
             zstd_pipe: stripped("zstd-pipe")?,
@@ -141,6 +145,14 @@ impl Deployment {
             .collect::<Result<_>>()?;
         ensure!(all.iter().any(|domain| domain.domain == 0), "a host without a dom0: {lines:?}");
         Ok(all.into_iter().filter(|domain| domain.domain != 0).collect())
+    }
+
+    /// Puts the hostile program into the guest.
+    ///
+    /// # Errors
+    /// When the guest cannot be reached.
+    pub fn install_hostile(&self, lab: &Lab) -> Result<()> {
+        step("putting the hostile program into the guest", || lab.guest().push(&self.hostile, HOSTILE, 0o755))
     }
 
     /// Puts the load generator into the guest, and the compressing transport into both hosts: only benches need them.

@@ -4,15 +4,19 @@
 //! stable compiler runs when `-C passes` names it. What only nightly has is the address sanitizer; it finds little in code that has no `unsafe` in
 //! its parsers, and overflows are checked in this build as in any debug build.
 
-use std::ffi::OsString;
+mod had;
+mod turn;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use self::had::Had;
+use self::turn::Turn;
 use crate::deployment::{cargo, root};
 use crate::setup;
 use crate::step::step;
@@ -29,8 +33,6 @@ const COVERAGE: [&str; 6] = [
 
 /// The only machines that Poolskip is made for. Named, so that build scripts and macros are not built with those flags.
 const MACHINE: &str = "x86_64-unknown-linux-gnu";
-/// An input that takes longer is a finding; a slow machine is given time.
-const SLOWEST: Duration = Duration::from_secs(30);
 /// Inputs of one target in the tree at most, without findings, and bytes of each.
 const KEPT_MOST: usize = 16;
 const KEPT_BYTES: u64 = 3 << 10;
@@ -43,9 +45,13 @@ pub struct Args {
     /// Only these targets; all when none is named
     #[arg(value_name = "TARGET")]
     targets: Vec<String>,
-    /// How long each runs
+    /// How long each runs, in time of the processors
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
+    /// Go on, in turns of `--seconds`, until each has had so much in all runs since it last found something; what it has had is kept in
+    /// target/fuzz, so that a long run may be cut into parts
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
+    total_seconds: Option<u64>,
     /// Targets that run at once [default: as many as there are processors]
     #[arg(long, value_name = "NUMBER")]
     jobs: Option<usize>,
@@ -64,17 +70,21 @@ struct Target {
     about: String,
 }
 
-/// What a run came to.
+/// What all turns of a target came to.
 struct Outcome {
     name: String,
-    /// Inputs that were tried.
-    runs: u64,
-    /// Edges of the program that they reached.
-    edges: u64,
-    /// Inputs of the corpus at the end.
-    inputs: u64,
-    /// Where the input lies that made something fail, and the last lines that the program wrote.
-    finding: Option<String>,
+    /// Of this run: time and inputs are sums, the others what they were at the end.
+    turn: Turn,
+    /// Of all runs.
+    had: Had,
+}
+
+/// How long each runs.
+#[derive(Clone, Copy)]
+struct Lengths {
+    turn: Duration,
+    /// In all runs; none for one turn.
+    total: Option<Duration>,
 }
 
 /// Builds, runs, and says what came of it.
@@ -96,7 +106,11 @@ pub fn run(args: &Args) -> Result<()> {
     let mut chosen = targets;
     chosen.retain(|target| args.targets.is_empty() || args.targets.contains(&target.name));
     let jobs = args.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-    let outcomes = step("fuzz", || run_all(&program, &chosen, args.seconds, jobs))?;
+    let lengths = Lengths {
+        turn: Duration::from_secs(args.seconds),
+        total: args.total_seconds.map(Duration::from_secs),
+    };
+    let outcomes = step("fuzz", || run_all(&program, &chosen, lengths, jobs))?;
     report(&outcomes)?;
     if args.keep {
         chosen.iter().try_for_each(|target| keep(&program, target))?;
@@ -112,7 +126,8 @@ pub fn smoke(seconds: u64) -> Result<()> {
     let program = build()?;
     let targets = targets(&program)?;
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    report(&step("fuzz", || run_all(&program, &targets, seconds, jobs))?)
+    let lengths = Lengths { turn: Duration::from_secs(seconds), total: None };
+    report(&step("fuzz", || run_all(&program, &targets, lengths, jobs))?)
 }
 
 fn build() -> Result<PathBuf> {
@@ -156,28 +171,64 @@ fn targets(program: &Path) -> Result<Vec<Target>> {
         .collect()
 }
 
-fn run_all(program: &Path, targets: &[Target], seconds: u64, jobs: usize) -> Result<Vec<Outcome>> {
-    let waiting = Mutex::new(targets.iter());
-    let mut outcomes = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..jobs.max(1))
-            .map(|_| {
-                scope.spawn(|| {
-                    let mut outcomes = Vec::new();
-                    loop {
-                        let next = waiting.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-                        let Some(target) = next else { return outcomes };
-                        outcomes.push(run_one(program, target, seconds));
-                    }
-                })
-            })
-            .collect();
-        workers
-            .into_iter()
-            .flat_map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect::<Result<Vec<_>>>()
+fn run_all(program: &Path, targets: &[Target], lengths: Lengths, jobs: usize) -> Result<Vec<Outcome>> {
+    let mut waiting = Vec::new();
+    let mut done = Vec::new();
+    for target in targets {
+        let had = Had::read(&work(target)?)?;
+        let left = lengths.total.map_or(lengths.turn, |total| had.left(total));
+        let outcome = Outcome { name: target.name.clone(), turn: Turn::default(), had };
+        if left.is_zero() { done.push(outcome) } else { waiting.push((left, target, outcome)) }
+    }
+    let waiting = Mutex::new(waiting);
+    let work_off = || {
+        let mut outcomes = Vec::new();
+        while let Some((left, target, outcome)) = take_most(&waiting) {
+            let (left, outcome) = one_turn(program, target, outcome, left, lengths)?;
+            if left.is_zero() || outcome.turn.finding.is_some() {
+                outcomes.push(outcome);
+            } else {
+                waiting.lock().unwrap_or_else(PoisonError::into_inner).push((left, target, outcome));
+            }
+        }
+        Ok::<_, anyhow::Error>(outcomes)
+    };
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..jobs.max(1)).map(|_| scope.spawn(work_off)).collect();
+        for worker in workers {
+            done.extend(worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok::<_, anyhow::Error>(())
     })?;
-    outcomes.sort_by_key(|outcome| targets.iter().position(|target| target.name == outcome.name));
-    Ok(outcomes)
+    done.sort_by_key(|outcome| targets.iter().position(|target| target.name == outcome.name));
+    Ok(done)
+}
+
+/// The one to which most is left; the first of several.
+fn take_most<T, U>(waiting: &Mutex<Vec<(Duration, T, U)>>) -> Option<(Duration, T, U)> {
+    let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+    let most = waiting.iter().map(|(left, ..)| *left).max()?;
+    let at = waiting.iter().position(|(left, ..)| *left == most)?;
+    Some(waiting.remove(at))
+}
+
+/// Runs a target for a turn, and says what is left to it then.
+fn one_turn(
+    program: &Path,
+    target: &Target,
+    before: Outcome,
+    left: Duration,
+    lengths: Lengths,
+) -> Result<(Duration, Outcome)> {
+    let turn = turn::run(program, target, lengths.turn.min(left))?;
+    let had = Had::add(&work(target)?, &turn)?;
+    if let Some(total) = lengths.total {
+        eprintln!("  {}: {:.0} of {} s, {} inputs", target.name, had.seconds, total.as_secs(), had.inputs);
+    }
+    // What it had beyond a turn's length is no longer due.
+    let left = left.saturating_sub(turn.had);
+    let turn = Turn { had: before.turn.had + turn.had, runs: before.turn.runs + turn.runs, ..turn };
+    Ok((left, Outcome { turn, had, ..before }))
 }
 
 /// Where a target's run keeps what it makes up.
@@ -202,57 +253,27 @@ fn fuzzer(program: &Path, target: &Target) -> Command {
     command
         .env("POOLSKIP_FUZZ_TARGET", &target.name)
         .arg(format!("-max_len={}", target.longest))
-        .arg(format!("-timeout={}", SLOWEST.as_secs()))
+        // They go by the clock; the program has a watchdog of its own.
+        .args(["-timeout=0", "-report_slow_units=1000000"])
         .arg(format!("-rss_limit_mb={MOST_MEMORY}"))
         .stdin(Stdio::null());
     command
 }
 
-fn run_one(program: &Path, target: &Target, seconds: u64) -> Result<Outcome> {
-    let work = work(target)?;
-    let mut prefix = OsString::from("-artifact_prefix=");
-    prefix.push(work.join(""));
-    let output = fuzzer(program, target)
-        .arg(format!("-max_total_time={seconds}"))
-        .arg("-print_final_stats=1")
-        .arg(prefix)
-        // What it makes up goes into the first, and is there when it is run again.
-        .args([work.join("corpus"), corpus(target), seeds(target)])
-        .output()
-        .with_context(|| format!("cannot start {}", program.display()))?;
-    let words = String::from_utf8_lossy(&output.stderr);
-    let finding = (!output.status.success()).then(|| {
-        let lines: Vec<&str> = words.lines().collect();
-        let said = lines
-            .iter()
-            .position(|line| line.contains("panicked at"))
-            .unwrap_or(lines.len().saturating_sub(30));
-        format!("{}\n{}", output.status, lines[said..].join("\n"))
-    });
-    let last = |word: &str| words.lines().rev().find_map(|line| number_after(line, word));
-    Ok(Outcome {
-        name: target.name.clone(),
-        runs: last("stat::number_of_executed_units:").unwrap_or(0),
-        edges: last("cov:").unwrap_or(0),
-        inputs: last("corp:").unwrap_or(0),
-        finding,
-    })
-}
-
-/// The number that follows a word in a line.
-fn number_after(line: &str, word: &str) -> Option<u64> {
-    let (_, rest) = line.split_once(word)?;
-    let rest = rest.trim_start();
-    rest[..rest.find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len())].parse().ok()
-}
-
 fn report(outcomes: &[Outcome]) -> Result<()> {
-    println!("{:<22}{:>12}{:>8}{:>8}", "target", "inputs tried", "edges", "corpus");
-    for Outcome { name, runs, edges, inputs, finding } in outcomes {
+    let (head, long) = ("seconds", "of all runs");
+    println!(
+        "{:<22}{head:>9}{:>14}{long:>13}{:>14}{:>8}{:>8}",
+        "target", "inputs", "inputs", "edges", "corpus"
+    );
+    for Outcome { name, turn, had } in outcomes {
+        let Turn { runs, edges, inputs, finding, .. } = turn;
+        let (now, all) = (turn.had.as_secs_f64(), had.seconds);
         let verdict = if finding.is_some() { "  FOUND SOMETHING" } else { "" };
-        println!("{name:<22}{runs:>12}{edges:>8}{inputs:>8}{verdict}");
+        println!("{name:<22}{now:>9.1}{runs:>14}{all:>13.1}{:>14}{edges:>8}{inputs:>8}{verdict}", had.inputs);
     }
-    let found: Vec<_> = outcomes.iter().filter_map(|it| Some((&it.name, it.finding.as_ref()?))).collect();
+    let found: Vec<_> =
+        outcomes.iter().filter_map(|it| Some((&it.name, it.turn.finding.as_ref()?))).collect();
     for (name, finding) in &found {
         eprintln!("{name}: {finding}");
     }
@@ -317,10 +338,10 @@ mod tests {
     }
 
     #[test]
-    fn libfuzzer_s_numbers_are_read() {
-        let line = "#4194304\tpulse  cov: 91 ft: 205 corp: 47/6214b lim: 4096 exec/s: 2097152 rss: 54Mb";
-        assert_eq!((number_after(line, "cov:"), number_after(line, "corp:")), (Some(91), Some(47)));
-        assert_eq!(number_after("stat::number_of_executed_units: 12", "executed_units:"), Some(12));
-        assert_eq!(number_after("cov:", "cov:"), None);
+    fn whoever_has_had_least_is_next() {
+        let seconds = Duration::from_secs;
+        let waiting = Mutex::new(vec![(seconds(1), "a", ()), (seconds(3), "b", ()), (seconds(3), "c", ())]);
+        let order: Vec<_> = std::iter::from_fn(|| take_most(&waiting)).map(|(_, name, ())| name).collect();
+        assert_eq!(order, ["b", "c", "a"]);
     }
 }

@@ -141,7 +141,7 @@ pub fn start(lab: &Lab, from: Host, options: Options) -> Result<Started> {
 
 /// What says that connections are neither encrypted nor authenticated. The lab's figures are of the stream, and TLS under emulation
 /// would cost more than the link does.
-const PLAIN: &str = "--plain";
+pub const PLAIN: &str = "--plain";
 
 /// Migrates the guest with certificates on both sides, as between hosts of an operator; the report.
 ///
@@ -211,11 +211,20 @@ pub struct Estimated {
 /// # Errors
 /// When the receiving side does not come up, or nothing is said.
 pub fn check(lab: &Lab, from: Host) -> Result<(i32, Check)> {
+    check_after(lab, from, "")
+}
+
+/// Asks what a migration would be, from a shell that has done something before.
+///
+/// # Errors
+/// When the receiving side does not come up, or nothing is said.
+pub fn check_after(lab: &Lab, from: Host, before: &str) -> Result<(i32, Check)> {
     let to = from.other();
     let address = format!("{}:8002", to.address());
     let receiver = lab.host(to).spawn(&format!("exec {MIGRATOR} receive --listen {address} {PLAIN}"))?;
     receiver.wait_for(READY, LIMIT).context("the receiving side does not start")?;
-    let output = lab.host(from).run(&format!("{MIGRATOR} check {DOMAIN} {address} {PLAIN} --json"), LIMIT)?;
+    let output =
+        lab.host(from).run(&format!("{before}{MIGRATOR} check {DOMAIN} {address} {PLAIN} --json"), LIMIT)?;
     receiver.signal("TERM")?;
     receiver.wait(LIMIT)?;
     let said = serde_json::from_str(&output.stdout)
@@ -228,15 +237,42 @@ pub fn check(lab: &Lab, from: Host) -> Result<(i32, Check)> {
 /// # Errors
 /// When the receiving side does not come up.
 pub fn start_with(lab: &Lab, from: Host, flags: &[&str]) -> Result<Started> {
-    start_as(lab, from, PLAIN, flags)
+    start_after(lab, from, Before::default(), flags)
+}
+
+/// What a shell on each side does before it becomes our command: whole commands, each with its separator.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Before<'a> {
+    /// At the source.
+    pub source: &'a str,
+    /// At the target.
+    pub target: &'a str,
+}
+
+/// Starts to migrate the guest, after each side's shell has done something.
+///
+/// # Errors
+/// When the receiving side does not come up.
+pub fn start_after(lab: &Lab, from: Host, before: Before<'_>, flags: &[&str]) -> Result<Started> {
+    start_in(lab, from, before, PLAIN, flags)
 }
 
 fn start_as(lab: &Lab, from: Host, connecting: &str, flags: &[&str]) -> Result<Started> {
+    start_in(lab, from, Before::default(), connecting, flags)
+}
+
+fn start_in(lab: &Lab, from: Host, before: Before<'_>, connecting: &str, flags: &[&str]) -> Result<Started> {
     let to = from.other();
     let address = format!("{}:8002", to.address());
-    let receiver =
-        lab.host(to).spawn(&format!("exec {MIGRATOR} receive --listen {address} --once {connecting}"))?;
+    let receive = format!("exec {MIGRATOR} receive --listen {address} --once {connecting}");
+    let receiver = lab.host(to).spawn(&format!("{}{receive}", before.target))?;
     receiver.wait_for(READY, LIMIT).context("the receiving side does not start")?;
+    let command = format!("{}{}", before.source, sending(&address, connecting, flags));
+    Ok(Started { sender: lab.host(from).spawn(&command)?, receiver, from })
+}
+
+/// The sender's command.
+fn sending(address: &str, connecting: &str, flags: &[&str]) -> String {
     let mut command = format!(
         "rm -f {REPORT} {REPORT_FILE}; \
          exec {MIGRATOR} migrate {DOMAIN} {address} {connecting} --json {REPORT} --report {REPORT_FILE}"
@@ -245,7 +281,34 @@ fn start_as(lab: &Lab, from: Host, connecting: &str, flags: &[&str]) -> Result<S
         command += " ";
         command += flag;
     }
-    Ok(Started { sender: lab.host(from).spawn(&command)?, receiver, from })
+    command
+}
+
+/// Migrates the guest to a receiver that runs already; the report.
+///
+/// # Errors
+/// When the sender fails: with what it said.
+pub fn send(lab: &Lab, from: Host, flags: &[&str]) -> Result<Report> {
+    let address = format!("{}:8002", from.other().address());
+    let output = lab.host(from).run(&sending(&address, PLAIN, flags), LIMIT)?;
+    if output.status != 0 {
+        bail!(
+            "the migration from {} ended with {}: {}{}",
+            from.name(),
+            output.status,
+            output.stdout,
+            output.stderr
+        );
+    }
+    report(lab, from)
+}
+
+/// The report that the last sender has left.
+fn report(lab: &Lab, from: Host) -> Result<Report> {
+    let json = lab.host(from).pull(REPORT)?;
+    serde_json::from_slice(&json).with_context(|| {
+        format!("cannot read the report of the migration: {}", String::from_utf8_lossy(&json))
+    })
 }
 
 impl Started {
@@ -276,10 +339,7 @@ impl Started {
         if received.status != 0 {
             bail!("the sender ended with 0, the receiver with {}: {}", received.status, received.stdout);
         }
-        let json = lab.host(self.from).pull(REPORT)?;
-        serde_json::from_slice(&json).with_context(|| {
-            format!("cannot read the report of the migration: {}", String::from_utf8_lossy(&json))
-        })
+        report(lab, self.from)
     }
 
     fn failure(&self, lab: &Lab, status: i32) -> String {

@@ -1,22 +1,29 @@
 //! `cargo xtask test`: everything that must hold, from the sources' form to a migration between two hosts.
 
+mod advisories;
 mod bed;
+mod confined;
 mod deploy_cases;
 mod faults;
 mod footprint;
 mod guest_cases;
+mod hostile_case;
 mod lab_cases;
 mod licences;
+mod opened;
 mod pvh_cases;
+mod repetition;
 mod storage_cases;
 mod units;
 mod unsafe_code;
+mod upgrade;
 mod xl_case;
 
+use std::path::PathBuf;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 
 use crate::build::{ebpf, module, rust_src};
 use crate::deployment::cargo;
@@ -33,18 +40,23 @@ pub struct Args {
     /// Of the lab's cases, only those with this in their names; may be given more than once
     #[arg(long = "case", value_name = "TEXT")]
     cases: Vec<String>,
-    /// Only the soak: a real mysqld under load with evictions, resizes and DDL, its listed frames compared with the disk at 50 random stops
-    #[arg(long, conflicts_with = "parts")]
-    soak: bool,
-    /// How long the soak takes
-    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(10..), requires = "soak")]
-    soak_seconds: u64,
+    /// Only a soak. Without a number the probe's: a real mysqld under load with evictions, resizes and DDL, its listed frames compared with
+    /// the disk at 50 random stops. With one: so many migrations to and fro in the lab, under load, all memory compared after each, and
+    /// nothing may grow; a run that was ended is gone on with
+    #[arg(long, value_name = "MIGRATIONS", num_args = 0..=1, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "parts")]
+    soak: Option<Option<u32>>,
+    /// How long the probe's soak takes [default: 600]; of migrations, begin no other one after so long
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(10..), requires = "soak")]
+    soak_seconds: Option<u64>,
     /// Only the fault matrix: prints what comes of each thing that goes wrong in each phase, and holds docs/reliability.md against it
     #[arg(long, conflicts_with = "parts")]
     faults: bool,
     /// Writes the table into docs/reliability.md
     #[arg(long, requires = "faults")]
     write_table: bool,
+    /// Only take what a checkout of RustSec's database says of the crates that are used here, into the tree
+    #[arg(long, value_name = "DIR", conflicts_with = "parts")]
+    write_advisories: Option<PathBuf>,
     /// The same as `module`
     #[arg(long)]
     module: bool,
@@ -62,6 +74,8 @@ enum Part {
     Lint,
     /// Tests of all crates; those of `tests` attach to a real mysqld on this machine
     Native,
+    /// This release's commands and filters against those of the release before, which is built from git
+    Upgrade,
     /// The packages: what is in them, what lintian says, whether they install and go without a trace
     Package,
     /// Each fuzz target for a second under libFuzzer; only when it is named, since all has to be built anew for it. `native` replays the
@@ -84,7 +98,13 @@ impl Part {
     /// Names of its cases in a lab.
     fn cases(self) -> Vec<&'static str> {
         match self {
-            Self::Lint | Self::Native | Self::Package | Self::Fuzz | Self::Module | Self::Volume => Vec::new(),
+            Self::Lint
+            | Self::Native
+            | Self::Upgrade
+            | Self::Package
+            | Self::Fuzz
+            | Self::Module
+            | Self::Volume => Vec::new(),
             Self::Lab => lab_cases::CASES.iter().map(|(name, _)| *name).collect(),
             Self::Pvh => pvh_cases::CASES.iter().map(|(name, _)| *name).collect(),
             Self::Deploy => deploy_cases::CASES.iter().map(|(name, _)| *name).collect(),
@@ -100,10 +120,17 @@ pub fn run(args: &Args) -> Result<()> {
     if args.miri {
         return miri();
     }
+    if let Some(database) = &args.write_advisories {
+        return advisories::write(database);
+    }
     let start = Instant::now();
     setup::ensure()?;
-    if args.soak {
-        return soak(args.soak_seconds);
+    match args.soak {
+        Some(None) => return soak(args.soak_seconds.unwrap_or(600)),
+        Some(Some(migrations)) => {
+            return repetition::run(migrations, args.soak_seconds.map(Duration::from_secs));
+        }
+        None => {}
     }
     if args.faults {
         return faults::run(args.write_table);
@@ -111,6 +138,7 @@ pub fn run(args: &Args) -> Result<()> {
     let all = [
         Part::Lint,
         Part::Native,
+        Part::Upgrade,
         Part::Package,
         Part::Fuzz,
         Part::Module,
@@ -133,11 +161,21 @@ pub fn run(args: &Args) -> Result<()> {
         let has_it = |part: &Part| part.cases().iter().any(|name| name.contains(only));
         ensure!(parts.iter().any(has_it), "no case of the lab has {only:?} in its name");
     }
-    let (mut passed, mut failed) = (0, Vec::new());
+    let (mut passed, mut failed, mut not_run) = (0, Vec::new(), Vec::new());
     for part in parts {
         let result = match part {
             Part::Lint => lint(),
             Part::Native => native(),
+            Part::Upgrade => match upgrade::find() {
+                Ok(upgrade::Found::Here(before)) => upgrade::run(&before),
+                // Asked for by name, it must run. Otherwise a clone without history is no fault of the sources, and no proof either.
+                Ok(upgrade::Found::NotHere(why)) if named.is_empty() => {
+                    not_run.push(format!("{part:?}: {why}"));
+                    continue;
+                }
+                Ok(upgrade::Found::NotHere(why)) => Err(anyhow!(why)),
+                Err(error) => Err(error),
+            },
             Part::Package => package::trial::run(),
             Part::Fuzz => fuzz::smoke(1),
             Part::Module => module_test::boot_test(),
@@ -155,7 +193,10 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     println!("all parts took {:.0} s", start.elapsed().as_secs_f64());
-    println!("parts: {passed} passed, {} failed", failed.len());
+    not_run.iter().for_each(|why| println!("NOT RUN {why}"));
+    // Whoever counts tests knows this line, and no other word for what was not run.
+    let skipped = if not_run.is_empty() { String::new() } else { format!(", {} skipped", not_run.len()) };
+    println!("parts: {passed} passed, {} failed{skipped}", failed.len());
     if !failed.is_empty() {
         bail!("failed: {failed:?}");
     }
@@ -177,6 +218,7 @@ fn lint() -> Result<()> {
         .map(drop)
     })?;
     step("licences and sources of all crates", licences::check)?;
+    step("advisories on all crates", advisories::check)?;
     step("exposure of the units", units::check)?;
     eprintln!("  {}", unsafe_code::summary()?);
     step("built eBPF object against its sources", ebpf::check)?;

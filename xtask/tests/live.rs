@@ -76,7 +76,12 @@ fn screen(said: &str) -> Vec<String> {
                 }
             }
             c => {
-                assert_eq!(column, screen[line].chars().count(), "written over something: {:?}", screen[line]);
+                assert_eq!(
+                    column,
+                    screen[line].chars().count(),
+                    "written over something: {:?}",
+                    screen[line]
+                );
                 screen[line].push(c);
                 column += 1;
             }
@@ -94,7 +99,18 @@ fn a_terminal_has_one_picture_that_ends_with_the_guest_at_the_target() {
     assert_eq!(text.matches("■ db1").count(), 1, "{text}");
     let at = screen.iter().find_map(|line| line.find("■ db1")).unwrap();
     assert!(at > 45, "the guest is not at the target:\n{text}");
-    for word in ["recorded", "source", "target", "pass ", "by reference", "zero", "whole", "network", "database", "passes"] {
+    for word in [
+        "recorded",
+        "source",
+        "target",
+        "pass ",
+        "by reference",
+        "zero",
+        "whole",
+        "network",
+        "database",
+        "passes",
+    ] {
         assert!(text.contains(word), "no {word:?}:\n{text}");
     }
     assert!(said.contains("▶"), "nothing was ever under way");

@@ -67,7 +67,7 @@ impl<P> Epochs<P> {
     }
 
     /// Of those since the last fence that were not put first: the one that has so many behind it.
-    pub fn from_the_end(&mut self, behind: usize) -> Option<&mut P> {
+    pub fn back_by(&mut self, behind: usize) -> Option<&mut P> {
         let rest = &mut self.epochs.back_mut()?.rest;
         let at = rest.len().checked_sub(behind + 1)?;
         rest.get_mut(at)
@@ -127,7 +127,7 @@ mod tests {
                 prop_assert_eq!(waiting.len(), queued.len());
                 // A fence behind nothing is none.
                 let last = queued.iter().map(|parcel| parcel.1).max().filter(|last| *last == fences);
-                let revised: Vec<_> = (0..).map_while(|behind| waiting.from_the_end(behind).copied()).collect();
+                let revised: Vec<_> = (0..).map_while(|behind| waiting.back_by(behind).copied()).collect();
                 let expected = queued.iter().rev().filter(|parcel| Some(parcel.1) == last && !parcel.2);
                 prop_assert!(revised.iter().eq(expected), "{:?} of {:?}", revised, queued);
             }

@@ -77,7 +77,7 @@ mod tests {
         let mut key = [0; 32];
         (key[0], key[1], key[16], key[18]) = (0x10, 0x01, 0x10, 0x02);
         let message: Vec<u8> = (0..35).collect();
-        let expected = 0xd3f0_9b2842ad_301687d6_902c_921d_7818_u128;
+        let expected = 0xd3f0_9b28_42ad_3016_87d6_902c_921d_7818_u128;
         assert_eq!(PageHasher::new(&key).hash(&message), expected.to_be_bytes());
     }
 }

@@ -248,7 +248,8 @@ mod tests {
         fn what_is_kept_stays_as_it_was(steps in proptest::collection::vec(step(), 0..200)) {
             const MOST: usize = 3;
             let pool = Pool::new(MOST);
-            let (mut out, mut kept): (Vec<(u8, Buffer)>, Vec<(u8, Kept)>) = (Vec::new(), Vec::new());
+            let mut out: Vec<(u8, Buffer)> = Vec::new();
+            let mut kept: Vec<(u8, Kept)> = Vec::new();
             let (mut mark, mut spare, mut longest) = (0_u8, 0, 0);
             for step in steps {
                 match step {

@@ -115,7 +115,7 @@ impl<P: Length> Waiting<P> {
         loop {
             // Whoever takes need not wait for long: it is let in between two of them, and takes them from the front.
             let mut state = self.state();
-            let Some(parcel) = state.epochs.from_the_end(behind) else { return less };
+            let Some(parcel) = state.epochs.back_by(behind) else { return less };
             let before = parcel.length();
             revise(parcel);
             let gone = before.saturating_sub(parcel.length());

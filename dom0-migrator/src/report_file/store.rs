@@ -45,12 +45,16 @@ pub fn default_path(domain: &str, began: Date) -> PathBuf {
 /// The newest report of a domain in a directory, by the dates in the names; none where there is no report of it.
 pub fn newest(directory: &Path, domain: &str) -> Option<PathBuf> {
     let start = format!("{}-", file_name(domain));
-    let names = std::fs::read_dir(directory).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let names =
+        std::fs::read_dir(directory).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     // What somebody else has put there may have such a name too: what follows the domain's is a date, and nothing else.
-    let is_date = |rest: &str| rest.len() == DATE.len() && rest.bytes().zip(DATE.bytes()).all(|(have, want)| match want {
-        b'0' => have.is_ascii_digit(),
-        _ => have == want,
-    });
+    let is_date = |rest: &str| {
+        rest.len() == DATE.len()
+            && rest.bytes().zip(DATE.bytes()).all(|(have, want)| match want {
+                b'0' => have.is_ascii_digit(),
+                _ => have == want,
+            })
+    };
     let of_domain = |name: &String| {
         name.strip_prefix(&start).and_then(|rest| rest.strip_suffix(".json")).is_some_and(is_date)
     };
@@ -124,7 +128,8 @@ mod tests {
         assert_eq!(newest(&at("nowhere"), "db1"), None);
         let written = default_path("db-1", example().began);
         let name = written.file_name().unwrap().to_str().unwrap();
-        for name in [name, "db1-20261126T100000Z.json", "db1-20261126T095959Z.json", "db1-notes-of-mine.json"] {
+        for name in [name, "db1-20261126T100000Z.json", "db1-20261126T095959Z.json", "db1-notes-of-mine.json"]
+        {
             std::fs::write(at(name), "").unwrap();
         }
         assert_eq!(newest(directory.path(), "db1"), Some(at("db1-20261126T100000Z.json")));

@@ -8,6 +8,7 @@ mod check;
 mod connections;
 mod faults;
 mod operate;
+mod upgrade;
 mod xenstored;
 
 use std::fs;
@@ -30,6 +31,8 @@ struct Host {
     directory: tempfile::TempDir,
     /// How it connects.
     connecting: Vec<String>,
+    /// What it runs: ours, or another release's.
+    program: PathBuf,
 }
 
 impl Host {
@@ -41,7 +44,8 @@ impl Host {
         fs::create_dir_all(directory.path().join("xs/local/domain/0")).unwrap();
         fs::write(directory.path().join("xs/local/domain/0/name"), "Domain-0").unwrap();
         xenstored::serve(&directory.path().join("xenstored"), &directory.path().join("xs"));
-        Self { directory, connecting: vec!["--plain".into()] }
+        let program = env!("CARGO_BIN_EXE_dom0-migrator").into();
+        Self { directory, connecting: vec!["--plain".into()], program }
     }
 
     fn with_certificates(self, directory: &Path) -> Self {
@@ -77,7 +81,7 @@ impl Host {
     fn command(&self, fault: &str) -> Command {
         let directory = self.directory.path();
         let path = std::env::var("PATH").unwrap_or_default();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_dom0-migrator"));
+        let mut command = Command::new(&self.program);
         command
             .env("PATH", format!("{}:{path}", directory.display()))
             .env("XENSTORED_PATH", directory.join("xenstored"))

@@ -18,6 +18,7 @@ mod fake_guest;
 pub mod seeds;
 pub mod shake;
 mod targets;
+pub mod watchdog;
 
 pub use allocation::{Counting, Spent};
 pub use targets::{TARGETS, Target};

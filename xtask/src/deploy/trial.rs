@@ -331,7 +331,11 @@ fn named(lab: &Lab, before: &[Vec<String>]) -> Result<()> {
     let stranger = lab.key.with_file_name("stranger");
     let gone = "ssh://root@127.0.0.1:1";
     let logins = [
-        (two.destination().replace("root@", "operator@"), &lab.key, "the login is no root (uid 1000): use root@HOST"),
+        (
+            two.destination().replace("root@", "operator@"),
+            &lab.key,
+            "the login is no root (uid 1000): use root@HOST",
+        ),
         (two.destination(), &stranger, "does not let us in"),
         (gone.to_owned(), &lab.key, "cannot be reached"),
     ];
@@ -357,7 +361,12 @@ fn full(lab: &Lab) -> Result<()> {
     lab.on(&lab.hosts[1], &format!("mkdir {at}; mount -t tmpfs -o size=64k none {at}"))?;
     let said = lab.fails(&lab.args())?;
     lab.on(&lab.hosts[1], &format!("umount {at}"))?;
-    for word in [lab.hosts[1].destination().as_str(), "could not copy poolskip-dom0", "No space left", "goes on from here"] {
+    for word in [
+        lab.hosts[1].destination().as_str(),
+        "could not copy poolskip-dom0",
+        "No space left",
+        "goes on from here",
+    ] {
         ensure!(said.contains(word), "no {word:?} in: {said}");
     }
     // The first host is done, the guest behind it has not been begun with.
@@ -376,7 +385,10 @@ fn broken_off(lab: &Lab) -> Result<()> {
     let of = |option: &str, names: &[String]| -> Vec<String> {
         names.iter().map(|name| format!("--{option}={name}")).collect()
     };
-    command.args(of("guest", &args.guest)).args(of("dom0", &args.dom0)).args(of("ssh-option", &args.ssh_option));
+    command
+        .args(of("guest", &args.guest))
+        .args(of("dom0", &args.dom0))
+        .args(of("ssh-option", &args.ssh_option));
     let mut child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     let until = Instant::now() + PATIENCE;
     let at_work = "cat /proc/[0-9]*/comm | grep -qx 'dpkg\\|dkms' && echo yes || true";

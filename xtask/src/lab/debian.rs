@@ -26,7 +26,8 @@ const EVERYWHERE: &[&str] =
     &["iproute2", "kmod", "openssh-client", "openssh-server", "procps", "socat", "systemd", "systemd-sysv"];
 
 /// What a host has besides, and Xen of its release.
-const OF_HOSTS: &[&str] = &["busybox-static", "ethtool", "linux-image-amd64", "xen-utils-common", "xenstore-utils"];
+const OF_HOSTS: &[&str] =
+    &["busybox-static", "ethtool", "linux-image-amd64", "xen-utils-common", "xenstore-utils"];
 
 /// What the guest has besides: all that the probe's package needs, for there is no mirror to be reached from inside.
 const OF_GUEST: &[&str] = &["dkms", "libelf1", "linux-headers-amd64", "zlib1g"];
@@ -112,7 +113,9 @@ pub(super) fn login() -> Result<Login> {
     let dir = cache::get_or_make("lab-login", Key::new("lab-login-1"), |dir| {
         for name in ["key", "host_key"] {
             let key = dir.join(name);
-            run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f"]).arg(key))?;
+            run(Command::new("ssh-keygen")
+                .args(["-q", "-t", "ed25519", "-N", "", "-C", "lab", "-f"])
+                .arg(key))?;
         }
         let host_key = fs::read_to_string(dir.join("host_key.pub"))?;
         let names: Vec<&str> =
@@ -146,7 +149,11 @@ pub(super) fn host_images(flavour: Flavour) -> Result<PathBuf> {
         finish(&root, &files, &["lab-network", "lab-shell", "lab-ready", "xen"])?;
         let disk = dir.join("dom0.raw");
         let size = "3G";
-        run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-L", "dom0", "-d"]).arg(&root).arg(&disk).arg(size))?;
+        run(Command::new("mke2fs")
+            .args(["-q", "-t", "ext4", "-L", "dom0", "-d"])
+            .arg(&root)
+            .arg(&disk)
+            .arg(size))?;
         Ok(fs::remove_dir_all(&root)?)
     })
 }
@@ -262,7 +269,8 @@ fn finish(root: &Path, files: &[(&str, u32, &str)], units: &[&str]) -> Result<()
         (login.key.with_extension("pub"), of_root.join("authorized_keys"), 0o600),
         (login.known_hosts.clone(), of_root.join("known_hosts"), 0o644),
     ] {
-        fs::copy(&from, &to).with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
+        fs::copy(&from, &to)
+            .with_context(|| format!("cannot copy {} to {}", from.display(), to.display()))?;
         fs::set_permissions(&to, fs::Permissions::from_mode(mode))?;
     }
     Ok(())
@@ -314,7 +322,10 @@ mod tests {
     fn units_that_are_started_are_there() {
         for unit in ["lab-network", "lab-shell", "lab-ready", "xen", "mysql"] {
             let path = format!("etc/systemd/system/{unit}.service");
-            assert!(FILES.iter().chain(HOST_FILES).chain(GUEST_FILES).any(|(name, ..)| *name == path), "{unit}");
+            assert!(
+                FILES.iter().chain(HOST_FILES).chain(GUEST_FILES).any(|(name, ..)| *name == path),
+                "{unit}"
+            );
         }
     }
 }

@@ -395,8 +395,7 @@ mod tests {
     fn sshds_are_reached_only_where_there_are_some() {
         assert!(!config(Host::Source).arguments().join(" ").contains("-:22"));
         let ssh = Some(SshPorts { dom0: 1003, guest: 1004 });
-        let networks =
-            values(&Config { ssh, ..config(Host::Source) }.arguments(), "-netdev").join(" ");
+        let networks = values(&Config { ssh, ..config(Host::Source) }.arguments(), "-netdev").join(" ");
         assert!(networks.contains(",hostfwd=tcp:127.0.0.1:1003-:22 "), "{networks}");
         assert!(networks.contains(",hostfwd=tcp:127.0.0.1:1004-10.3.0.16:22"), "{networks}");
     }

@@ -95,7 +95,9 @@ impl Bed {
                 .collect();
             looking
                 .into_iter()
-                .map(|look| look.join().unwrap_or_else(|_| bail!("the thread that looks at a machine panicked")))
+                .map(|look| {
+                    look.join().unwrap_or_else(|_| bail!("the thread that looks at a machine panicked"))
+                })
                 .collect()
         })
     }
@@ -176,7 +178,8 @@ fn by_one_command(bed: &mut Bed) -> Result<()> {
     let now = step("looking at all machines, deployed", || bed.look())?;
     let came = |at: usize, words: &[&str]| -> Result<()> {
         let found = now[at].since(&bed.before[at]);
-        let is_it = |line: &String| line.starts_with(words[0]) && words.iter().all(|word| line.contains(word));
+        let is_it =
+            |line: &String| line.starts_with(words[0]) && words.iter().all(|word| line.contains(word));
         ensure!(found.iter().any(is_it), "no {words:?} in:\n{}", found.join("\n"));
         Ok(())
     };
@@ -226,7 +229,10 @@ fn units(bed: &mut Bed) -> Result<()> {
         let other = which.other();
         host(lab, other, &format!("dom0-migrator doctor --no-link {}", which.alias()))?;
         ensure!(show(lab, at, "poolskip-receive.service", "ActiveState")? == "active", "nobody came");
-        ensure!(show(lab, at, "poolskip-receive.service", "TriggeredBy")? == "poolskip-receive.socket", "by what?");
+        ensure!(
+            show(lab, at, "poolskip-receive.service", "TriggeredBy")? == "poolskip-receive.socket",
+            "by what?"
+        );
         ensure!(show(lab, at, "poolskip-receive.service", "NRestarts")? == "0", "it was started again");
     }
     bed.server_is_the_same()
@@ -243,7 +249,8 @@ fn first_migration(bed: &mut Bed) -> Result<()> {
     for which in Host::BOTH {
         let newest = host(&bed.lab, which, "cat $(ls -t /var/lib/poolskip/reports/db1-*.json | head -n 1)")?;
         let file: Value = serde_json::from_str(&newest).context("a report is no JSON")?;
-        let report: Report = serde_json::from_value(file["summary"].clone()).context("the report's summary")?;
+        let report: Report =
+            serde_json::from_value(file["summary"].clone()).context("the report's summary")?;
         ensure!(file["error"].is_null(), "{}: {}", which.name(), file["error"]);
         most_were_accepted(&report).with_context(|| format!("the migration from {}", which.name()))?;
         if which == Host::Target {

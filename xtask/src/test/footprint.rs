@@ -23,7 +23,10 @@ impl Footprint {
         }
         ensure!(footprint.0.remove("end").is_some(), "the look at the machine was cut short: {text:?}");
         for kind in ["file", "package", "unit", "process", "module", "listening"] {
-            ensure!(footprint.0.contains_key(kind), "no {kind} was seen: then a new one would not be, either");
+            ensure!(
+                footprint.0.contains_key(kind),
+                "no {kind} was seen: then a new one would not be, either"
+            );
         }
         Ok(footprint)
     }

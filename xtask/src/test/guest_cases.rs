@@ -169,12 +169,31 @@ pub(super) fn unload(bed: &Bed<'_>) -> Result<()> {
     kernel_is_content(lab)
 }
 
-/// The boot test's table of cases, beside the database.
-pub(super) fn module_cases(bed: &Bed<'_>) -> Result<()> {
+/// Unloads the module if it is loaded.
+pub(super) fn without_module(bed: &Bed<'_>) -> Result<()> {
     if guest(&bed.lab, "cat /proc/modules")?.lines().any(|line| line.starts_with("poolskip ")) {
         unload(bed)?;
     }
+    Ok(())
+}
+
+/// The boot test's table of cases, beside the database.
+pub(super) fn module_cases(bed: &Bed<'_>) -> Result<()> {
+    without_module(bed)?;
     module_test::in_guest(&bed.lab)
+}
+
+/// Whether a host's hypervisor logs the pages that some domain dirties.
+///
+/// # Errors
+/// When it tells nothing of its domains.
+pub(super) fn is_log_dirty(lab: &Lab, at: Host) -> Result<bool> {
+    let words = host(lab, at, "xl dmesg -c >/dev/null; xl debug-keys q; sleep 1; xl dmesg")?;
+    ensure!(
+        words.contains("General information for domain"),
+        "the hypervisor says nothing of its domains: {words}"
+    );
+    Ok(words.contains("log_dirty"))
 }
 
 /// The guest's kernel has nothing to complain of.

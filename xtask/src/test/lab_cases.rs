@@ -4,9 +4,10 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::bed::{Bed, Case, chosen};
 use super::guest_cases::{
-    Counters, PATIENCE, by_reference, lists_again, module_cases, most_were_accepted, only_here,
+    Counters, PATIENCE, by_reference, is_log_dirty, lists_again, module_cases, most_were_accepted, only_here,
     saved_and_restored, tables_whole, unload, wait_for,
 };
+use super::hostile_case::hostile_guest;
 use super::{storage_cases, xl_case};
 use crate::demo::{Show, write_through};
 use crate::deployment::{Deployment, LIMIT, host};
@@ -15,7 +16,7 @@ use crate::migration::{DOMAIN, Options, certify, check, migrate_encrypted, start
 use crate::proof;
 
 /// All cases of the PV guest, in their order.
-pub(super) const CASES: [Case; 15] = [
+pub(super) const CASES: [Case; 16] = [
     ("a_dry_run_tells_what_will_be_and_changes_nothing", dry_run),
     ("a_listed_pool_goes_by_reference_and_every_page_is_equal", by_reference),
     ("a_disk_that_fails_half_way_is_done_without", storage_cases::failing),
@@ -36,6 +37,7 @@ pub(super) const CASES: [Case; 15] = [
     ("after_failures_a_second_attempt_works_encrypted", second_attempt),
     ("wrong_hints_change_no_byte_and_lose_no_transaction_of_a_client_that_writes", misled_while_writing),
     ("module_unloads_and_leaves_no_node", unload),
+    ("hostile_lists_change_no_byte_open_no_file_and_take_no_memory", hostile_guest),
     ("module_passes_its_cases_beside_the_database", module_cases),
 ];
 
@@ -136,14 +138,7 @@ fn killed(lab: &Lab, victim: Victim) -> Result<()> {
         Ok(!host(lab, from.other(), "xl list")?.lines().any(|line| line.starts_with(DOMAIN)))
     })?;
     only_here(lab, from)?;
-    wait_for("dirty logging to be off", || {
-        let words = host(lab, from, "xl dmesg -c >/dev/null; xl debug-keys q; sleep 1; xl dmesg")?;
-        ensure!(
-            words.contains("General information for domain"),
-            "the hypervisor says nothing of its domains: {words}"
-        );
-        Ok(!words.contains("log_dirty"))
-    })?;
+    wait_for("dirty logging to be off", || Ok(!is_log_dirty(lab, from)?))?;
     wait_for("all helpers to be gone", || {
         let running = "pgrep -f -- '[-]-save-domain|[-]-restore-domain'";
         Ok(lab.host(from).run(running, LIMIT)?.status != 0

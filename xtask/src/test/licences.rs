@@ -1,5 +1,5 @@
 //! Licences, sources and unwanted crates: what `cargo deny` would look at, by what `cargo metadata` tells, since `cargo install cargo-deny` takes
-//! longer than all lints together. Its advisories need data of their day, which a build without a network does not have.
+//! longer than all lints together. Its advisories are in `advisories.rs`.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -4,14 +4,16 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use enlightenment::Vdev;
 use proptest::prelude::*;
 
 use super::guest_stream::{Sent, beginning, disk_page, ending, other_page, page_data, record, restore};
 use super::pair::{Pair, XVDA, config, disk, map};
+use crate::engine::fault::{self, Point, Strike};
 use crate::engine::memory_record::{self, Builder, SpanKind};
+use crate::engine::page_hash::PageHasher;
 use crate::engine::side_message::{Answer, Hello, Refusal, Report, Verdicts};
 use crate::engine::summary::DiskSummary;
 use crate::engine::xen_stream::{Entry, NOTAB, PAGE, record as kinds};
@@ -208,6 +210,78 @@ fn a_lost_side_channel_costs_only_bytes() {
     assert_eq!(found, restore(&stream));
     assert!(found.verify_mismatches.is_empty());
     assert!(outcome.source.unwrap().stats.side_channel_lost);
+}
+
+/// It does not wait for a drain, whose time may be long: what is retained takes room in the window, and the pages are wanted.
+#[test]
+fn what_is_retained_is_sent_as_soon_as_the_side_channel_is_lost() {
+    let mut lone = LoneSource::start(Config { drain_timeout: Duration::from_secs(24 * 3600), ..config() });
+    lone.refer_to_clean_pages();
+    lone.side.shutdown(Shutdown::Both).unwrap();
+    let began = Instant::now();
+    while lone.source.stats().references_outstanding > 0 {
+        assert!(began.elapsed() < Duration::from_secs(120), "nobody sends what was retained");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(lone.source.stats().references_replaced, 32);
+    lone.save.write_all(&ending()).unwrap();
+    let pages = lone.pages_on_wire(Vec::new());
+    assert!((0..32).all(|pfn| pages[&pfn] == disk_page(pfn)) && pages.len() == 32);
+}
+
+/// A PFN goes by reference a second time while the first read is under way, which nobody can take back: what it brings is right by its
+/// own hash, and is not what the PFN has any more.
+#[test]
+fn what_an_older_reference_brings_is_not_handed_on_in_place_of_a_newer_one() {
+    let [wire, restored, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+    let file = disk(64);
+    let target = TargetFilter::start(TargetParts {
+        from_wire: OwnedFd::from(wire.1),
+        to_restore: OwnedFd::from(restored.0),
+        side: Some(OwnedFd::from(side.1)),
+        // One read after the other, and what they bring in that order.
+        config: Config { io_uring: false, readers: 1, hashers: 1, ..config() },
+    })
+    .unwrap();
+    let mut source_side = side.0;
+    let key = [1; 32];
+    let disks = vec![DiskName { vdev: Vdev(XVDA), path: file.path().to_owned() }];
+    Hello { key, window_pages: 64, disks }.write(&mut source_side).unwrap();
+    Answer::read(&mut source_side).unwrap();
+    let mut to_restore = restored.1;
+    let reading = std::thread::spawn(move || {
+        let mut all = Vec::new();
+        to_restore.read_to_end(&mut all).unwrap();
+        all
+    });
+    let reference = |number: u64, page: u64| {
+        let mut builder = Builder::default();
+        let kind = SpanKind::Reference { disk: 0, offset: page * PAGE as u64 };
+        builder.push(Entry { pfn: 5, page_type: NOTAB }, kind);
+        PageHasher::new(&key).hash_all(&[&disk_page(page)], &mut builder.hashes);
+        let mut body = Vec::new();
+        builder.write_head(number, &mut body);
+        record(memory_record::RECORD_TYPE, &body)
+    };
+    let mut from_wire = wire.0;
+    fault::strike(file.path(), Point::DiskRead, Strike::Held);
+    from_wire.write_all(&beginning()).unwrap();
+    from_wire.write_all(&reference(0, 20)).unwrap();
+    fault::wait_for_held(file.path(), Point::DiskRead, 1);
+    from_wire.write_all(&reference(1, 21)).unwrap();
+    while target.stats().references < 2 {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    fault::lift(file.path(), Point::DiskRead);
+    // The second is what the verdict is on.
+    let Report::Verdicts(verdicts) = Report::read(&mut source_side).unwrap() else { panic!("no verdict") };
+    assert_eq!((verdicts.accepted, verdicts.refused), (vec![(1, 1)], vec![]));
+    from_wire.write_all(&ending()).unwrap();
+    drop(from_wire);
+    let stats = target.finish().unwrap().stats;
+    assert_eq!((stats.references_superseded, stats.references_accepted), (1, 1));
+    let found = restore(&reading.join().unwrap());
+    assert_eq!(found.memory[&5].1, Some(disk_page(21)));
 }
 
 #[test]

@@ -151,7 +151,7 @@ impl Pair {
             side: Some(OwnedFd::from(side.0)),
             map,
             disks,
-            log: log,
+            log,
             config: source_config,
         })
         .unwrap();

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use fuzz::{Counting, TARGETS, Target, seeds};
+use fuzz::{Counting, TARGETS, Target, seeds, watchdog};
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -18,6 +18,7 @@ fn choose() {
     let name = std::env::var("POOLSKIP_FUZZ_TARGET").unwrap_or_default();
     if let Some(target) = TARGETS.iter().find(|target| target.name == name) {
         let _ = CHOSEN.set(target);
+        watchdog::start();
         return;
     }
     let done = if name == "seeds" { write_seeds() } else { Ok(()) };
@@ -43,7 +44,7 @@ libfuzzer_sys::fuzz_target!(
     init: choose(),
     |data: &[u8]| {
         if let Some(target) = CHOSEN.get() {
-            target.run(data);
+            watchdog::watched(|| target.run(data));
         }
     }
 );

@@ -50,6 +50,8 @@ fn try_round_trip(choices: &mut Unstructured<'_>) -> Result<()> {
         window_bytes: *choices.choose(&windows)? * 4096,
         reference_passes: choices.int_in_range(1..=3)?,
         drain_timeout: if choices.ratio(1, 8)? { Duration::ZERO } else { Duration::from_secs(20) },
+        // Both ends are here; the machine may be asleep meanwhile.
+        hello_timeout: Duration::from_secs(24 * 3600),
         hashers: 1,
         readers: 1,
         io_uring: choices.arbitrary()?,

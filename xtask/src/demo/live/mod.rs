@@ -85,8 +85,8 @@ impl Show {
 /// # Errors
 /// When the file cannot be read, or nobody sees the picture.
 pub fn replay(recorded: &Path) -> Result<()> {
-    let text = std::fs::read_to_string(recorded)
-        .with_context(|| format!("cannot read {}", recorded.display()))?;
+    let text =
+        std::fs::read_to_string(recorded).with_context(|| format!("cannot read {}", recorded.display()))?;
     let mut state = State::new("recorded", [Host::Source.name(), Host::Target.name()]);
     let Some(screen) = Screen::of_stderr() else {
         for line in text.lines() {

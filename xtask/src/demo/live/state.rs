@@ -271,7 +271,9 @@ mod tests {
     #[test]
     fn whatever_comes_is_taken() {
         let mut state = State::new("a", ["x", "y"]);
-        for line in ["", "words", "[1]", "{}", r#"{"event":7}"#, r#"{"event":"progress","seconds":"x"}"#, "\x1b[2J"] {
+        for line in
+            ["", "words", "[1]", "{}", r#"{"event":7}"#, r#"{"event":"progress","seconds":"x"}"#, "\x1b[2J"]
+        {
             state.line(line);
         }
         assert_eq!(state.lines, ["[1]", "[2J"]);

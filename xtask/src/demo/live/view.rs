@@ -59,7 +59,8 @@ fn draw_hosts(state: &State, area: Rect, buffer: &mut Buffer) {
         (Place::Target, Some(_)) => format!("{} from its disk", ways.accepted),
         _ => String::new(),
     };
-    for (place, name, area) in [(Place::Source, &state.hosts[0], from), (Place::Target, &state.hosts[1], to)] {
+    for (place, name, area) in [(Place::Source, &state.hosts[0], from), (Place::Target, &state.hosts[1], to)]
+    {
         let guest = if state.place == place { "■ db1" } else { "" };
         let block = Block::bordered().border_type(BorderType::Rounded).title(format!(" {name} "));
         Paragraph::new(vec![Line::from(guest.fg(Color::Green).bold()), Line::from(about(place))])
@@ -71,12 +72,8 @@ fn draw_hosts(state: &State, area: Rect, buffer: &mut Buffer) {
         Place::Target => String::new(),
     };
     let rate = state.rates.last().copied().unwrap_or(0) as f64 / 1e6;
-    let lines = [
-        String::new(),
-        format!("{rate:.1} MB/s"),
-        arrow,
-        format!("{:.1} MB", state.wire_bytes as f64 / 1e6),
-    ];
+    let lines =
+        [String::new(), format!("{rate:.1} MB/s"), arrow, format!("{:.1} MB", state.wire_bytes as f64 / 1e6)];
     Paragraph::new(lines.map(Line::from).to_vec()).centered().render(between, buffer);
 }
 
@@ -111,8 +108,11 @@ fn draw_classes(state: &State, area: Rect, buffer: &mut Buffer) {
         return;
     };
     let ways = source.ways;
-    let classes =
-        [("by reference", ways.referenced, OURS), ("zero", ways.zero, Color::Gray), ("whole", ways.whole(), Color::Yellow)];
+    let classes = [
+        ("by reference", ways.referenced, OURS),
+        ("zero", ways.zero, Color::Gray),
+        ("whole", ways.whole(), Color::Yellow),
+    ];
     let most = classes.iter().map(|(_, pages, _)| *pages).max().unwrap_or(0).max(1);
     for ((name, pages, colour), row) in classes.into_iter().zip(rows.iter()) {
         let rest = named(name, *row, buffer);
@@ -166,9 +166,7 @@ fn draw_passes(state: &State, area: Rect, buffer: &mut Buffer) {
         .collect();
     // The newest are what one wants to see.
     let newest = all[all.len().saturating_sub(4)..].join("   ");
-    Paragraph::new(newest)
-        .wrap(ratatui::widgets::Wrap { trim: true })
-        .render(rest, buffer);
+    Paragraph::new(newest).wrap(ratatui::widgets::Wrap { trim: true }).render(rest, buffer);
 }
 
 /// A picture's lines, as a terminal shows them; without colours where these are not wanted.
@@ -224,13 +222,27 @@ mod tests {
     #[test]
     fn hosts_passes_classes_and_throughput_are_in_it() {
         let mut state = State::new("with Poolskip", ["source", "target"]);
-        for line in include_str!("../files/progress.jsonl").lines().take_while(|line| !line.contains("\"summary\"")) {
+        for line in
+            include_str!("../files/progress.jsonl").lines().take_while(|line| !line.contains("\"summary\""))
+        {
             state.line(line);
         }
         (0..20).for_each(|n| state.committed(n * n));
         for width in [*WIDTHS.start(), 80, *WIDTHS.end()] {
             let picture = text(&state, width);
-            for word in ["source", "target", "■ db1", "▶", "pass ", "by reference", "zero", "whole", "network", "361 transactions", "1: "] {
+            for word in [
+                "source",
+                "target",
+                "■ db1",
+                "▶",
+                "pass ",
+                "by reference",
+                "zero",
+                "whole",
+                "network",
+                "361 transactions",
+                "1: ",
+            ] {
                 assert!(picture.contains(word), "no {word:?} in {width} columns:\n{picture}");
             }
             assert!(picture.lines().all(|line| line.chars().count() <= width.into()), "{picture}");

@@ -345,6 +345,11 @@ impl Migration {
             let panicked = |result: &EngineError| matches!(result, EngineError::Panicked);
             assert!(!matches!(&source, Some(Err(error)) if panicked(error)), "{source:?}");
             assert!(!matches!(&target, Some(Err(error)) if panicked(error)), "{target:?}");
+            self.nobody_is_misled(
+                source.is_some_and(|it| it.is_ok()),
+                target.is_some_and(|it| it.is_ok()),
+                restored,
+            );
             return Outcome::SourceRuns;
         };
         let (expected, found) = (restore(&self.written), restore(&restored.unwrap()));
@@ -354,6 +359,22 @@ impl Migration {
         assert!(found == expected, "what is not memory differs");
         assert_eq!((source.stats.references_outstanding, target.stats.references_outstanding), (0, 0));
         self.hand_over()
+    }
+
+    /// That the other helper is gone, or the stream cut, is known to each by itself: no permission is asked for or given on the word of one
+    /// that does not know.
+    fn nobody_is_misled(&self, source_is_content: bool, target_is_content: bool, restored: Option<Vec<u8>>) {
+        if target_is_content {
+            let all = restored.unwrap_or_default();
+            assert!(restore(&all) == restore(&self.written), "a part was taken for the whole");
+        }
+        let (phase, fault) = self.struck;
+        let stream_ends = match fault {
+            Fault::StreamCut | Fault::TargetHelperGone => phase >= Phase::Plan,
+            Fault::MemoryRefused => phase >= Phase::FirstRound,
+            _ => false,
+        };
+        assert!(!(stream_ends && source_is_content), "what nobody reads was taken for sent");
     }
 
     /// Both records take the steps of the hand-over, each written down before the next is taken, as the commands do.
