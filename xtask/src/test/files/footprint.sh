@@ -9,7 +9,9 @@ find / -xdev \( -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/log -o -
 find /var/lib/dpkg /var/lib/apt /var/cache /run /dev -xdev \( -iname '*poolskip*' -o -iname '*guest-probe*' -o -iname '*dom0-migrator*' \) 2>/dev/null |
     kind named
 dpkg-query -W -f='${Package} ${Version} ${db:Status-Abbrev}\n' | kind package
-systemctl list-units --all --no-legend --no-pager --plain --type=service,socket,timer,target,path | awk '{ print $1, $3 }' |
+# Not those that are only named by another unit and are nowhere.
+systemctl list-units --all --no-legend --no-pager --plain --type=service,socket,timer,target,path |
+    awk '$2 != "not-found" { print $1, $3 }' |
     grep -v '^run-\|^systemd-tmpfiles-clean' | kind unit
 cut -d' ' -f1 /proc/modules | kind module
 ps -eo ppid=,comm= | awk '$1 != 2 { print $2 }' | grep -vx 'bash\|sh\|socat\|sshd\|ps\|awk\|sed\|grep\|sort\|sleep\|find\|kthreadd\|mysql' | kind process
@@ -29,6 +31,6 @@ done | kind code
 # The store, if there is one: names, with the guest's number (it has another one after it has moved) as N.
 if command -v xenstore-ls >/dev/null && [ -e /proc/xen ]; then
     number=$(xl domid db1 2>/dev/null)
-    xenstore-ls -f | sed 's/ = .*//' | sed "s|/${number:-none}\(/\|\$\)|/N\1|g" | kind node
+    xenstore-ls -f | sed 's/ = .*//' | sed "s,/${number:-none}\(/\|\$\),/N\1,g" | kind node
 fi
 echo "end	"
