@@ -279,7 +279,6 @@ fn filter(guest: Guest, pages: u64, map: ReferenceMap, disk: &Path) -> Result<u6
         side: Some(OwnedFd::from(side)),
         map,
         disks: vec![DiskName { vdev: DISK, path: disk.to_owned() }],
-        log: None,
         config: Config::default(),
     })?;
     let restoring = thread::spawn(move || drain(restore));

@@ -190,7 +190,6 @@ fn source(args: &Args) -> Result<(SourceSummary, f64), Failed> {
         side: Some(OwnedFd::from(side)),
         map,
         disks: vec![DiskName { vdev: Vdev(XVDA), path: std::fs::canonicalize(&args.disk)? }],
-        log: None,
         config: Config {
             ahead_bytes: if args.in_order { u64::MAX } else { Config::default().ahead_bytes },
             ..Config::default()

@@ -117,7 +117,6 @@ fn save(
         side,
         map: hints.map.take().unwrap_or_else(|| ReferenceMap::new(Pfn(0))),
         disks: std::mem::take(&mut hints.disks),
-        log: peek.then(|| open_log(&libraries, domain, channel)).flatten(),
         config: Config {
             references: order.references,
             compare: arguments.flags & SAVE_DEBUG != 0,
@@ -126,7 +125,10 @@ fn save(
     };
     let (engine, _listening) = match offered {
         Some((coming, listening)) => (SourceFilter::start_before_side(parts, coming)?, Some(listening)),
-        None => (SourceFilter::start(parts)?, None),
+        None => match peek.then(|| open_log(&libraries, domain, channel)).flatten() {
+            Some(log) => (SourceFilter::start_with_log(parts, log)?, None),
+            None => (SourceFilter::start(parts)?, None),
+        },
     };
     first_pass.begin(populated(domain), engine.watch());
     hints.tell(RequestKind::Begun);

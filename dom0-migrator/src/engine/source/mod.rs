@@ -89,8 +89,6 @@ pub struct SourceParts {
     pub map: ReferenceMap,
     /// The domain's disks, as the target is to find them.
     pub disks: Vec<DiskName>,
-    /// The domain's log of dirty pages; without it no page is left for a later pass.
-    pub log: Option<Arc<dyn DirtyLog>>,
     /// Settings.
     pub config: Config,
 }
@@ -123,7 +121,15 @@ impl SourceFilter {
     /// # Errors
     /// [`EngineError::Start`] when threads or sockets cannot be had.
     pub fn start(parts: SourceParts) -> Result<Self, EngineError> {
-        Self::start_with(parts, None)
+        Self::start_with(parts, None, None)
+    }
+
+    /// The same with the domain's log of dirty pages, at which it may look: a page that is marked again is left for a later pass.
+    ///
+    /// # Errors
+    /// [`EngineError::Start`] when threads or sockets cannot be had.
+    pub fn start_with_log(parts: SourceParts, log: Arc<dyn DirtyLog>) -> Result<Self, EngineError> {
+        Self::start_with(parts, Some(log), None)
     }
 
     /// Starts the filter before there is a side channel: the stream tells the target where it is to be had.
@@ -131,11 +137,15 @@ impl SourceFilter {
     /// # Errors
     /// [`EngineError::Start`] when threads or sockets cannot be had.
     pub fn start_before_side(parts: SourceParts, coming: Coming) -> Result<Self, EngineError> {
-        Self::start_with(SourceParts { side: None, ..parts }, Some(coming))
+        Self::start_with(SourceParts { side: None, ..parts }, None, Some(coming))
     }
 
-    fn start_with(parts: SourceParts, coming: Option<Coming>) -> Result<Self, EngineError> {
-        let SourceParts { from_save, to_wire, side, mut map, disks, log, config } = parts;
+    fn start_with(
+        parts: SourceParts,
+        log: Option<Arc<dyn DirtyLog>>,
+        coming: Option<Coming>,
+    ) -> Result<Self, EngineError> {
+        let SourceParts { from_save, to_wire, side, mut map, disks, config } = parts;
         map.seal();
         #[cfg(test)]
         if let Some(disk) = disks.first() {

@@ -59,7 +59,6 @@ impl LoneSource {
             side: Some(OwnedFd::from(side.0)),
             map: map((0..pages).map(|pfn| (pfn, pfn))),
             disks: vec![DiskName { vdev: Vdev(XVDA), path: "/disk".into() }],
-            log: None,
             config,
         })
         .unwrap();
@@ -293,7 +292,6 @@ fn without_an_answer_everything_goes_raw() {
         side: Some(OwnedFd::from(side.0)),
         map: map((0..32).map(|pfn| (pfn, pfn))),
         disks: Vec::new(),
-        log: None,
         config: Config { hello_timeout: Duration::from_millis(50), ..config() },
     })
     .unwrap();
@@ -557,7 +555,6 @@ proptest! {
                 side: None,
                 map: map([]),
                 disks: Vec::new(),
-                log: None,
                 config: quick,
             })
             .unwrap();

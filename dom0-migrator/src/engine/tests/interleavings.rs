@@ -252,7 +252,6 @@ fn start(plan: &Plan, storage: &Arc<Mutex<Storage>>) -> (UnixStream, SourceFilte
         side: Some(OwnedFd::from(side.0)),
         map: map(plan.hints.iter().copied()),
         disks: vec![DiskName { vdev: Vdev(XVDA), path: "/disk".into() }],
-        log: None,
         config: Config {
             window_bytes: plan.window_pages * PAGE as u64,
             ahead_bytes: plan.ahead_bytes,

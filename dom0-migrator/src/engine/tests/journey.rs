@@ -132,7 +132,6 @@ fn without_a_side_channel_not_a_byte_changes() {
         side: None,
         map: map((8..40).map(|pfn| (pfn, pfn))),
         disks: Vec::new(),
-        log: None,
         config: config(),
     })
     .unwrap();
@@ -369,7 +368,6 @@ fn tcp_and_pipes_do_as_well() {
         side: Some(OwnedFd::from(side.0)),
         map: map((8..40).map(|pfn| (pfn, pfn))),
         disks: vec![DiskName { vdev: Vdev(XVDA), path: disk.path().to_owned() }],
-        log: None,
         config: config(),
     })
     .unwrap();

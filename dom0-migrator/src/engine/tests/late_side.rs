@@ -43,7 +43,6 @@ impl Waiting {
                 side: None,
                 map: map((0..64).map(|pfn| (pfn, pfn))),
                 disks: vec![DiskName { vdev: Vdev(XVDA), path: disk.path().to_owned() }],
-                log: None,
                 config: Config { reference_passes: u32::MAX, ..config() },
             },
             Coming { offer: b"come".to_vec(), sockets, patience },

@@ -145,16 +145,19 @@ impl Pair {
             config: target_config,
         })
         .unwrap();
-        let source = SourceFilter::start(SourceParts {
+        let parts = SourceParts {
             from_save: OwnedFd::from(save.1),
             to_wire: OwnedFd::from(wire.0),
             side: Some(OwnedFd::from(side.0)),
             map,
             disks,
-            log,
             config: source_config,
-        })
-        .unwrap();
+        };
+        let source = match log {
+            Some(log) => SourceFilter::start_with_log(parts, log),
+            None => SourceFilter::start(parts),
+        };
+        let source = source.unwrap();
         Self {
             save: save.0,
             source,

@@ -348,7 +348,6 @@ fn try_verdicts(choices: &mut Unstructured<'_>) -> Result<()> {
         side: Some(OwnedFd::from(side.0)),
         map: map((0..pages).map(|pfn| (pfn, pfn))),
         disks: vec![DiskName { vdev: Vdev(XVDA), path: "/disk".into() }],
-        log: None,
         config: impatient(),
     })
     .unwrap();

@@ -259,7 +259,6 @@ impl Migration {
             side: Some(OwnedFd::from(side_near)),
             map: self.lists(),
             disks,
-            log: None,
             config: settings(),
         })?);
         if self.struck == (Phase::Plan, Fault::SourceHelperGone) {
