@@ -1,5 +1,6 @@
-//! The live picture of `cargo xtask demo`, by the program itself, of a migration that was recorded in the lab: on a terminal, and where there is
-//! none.
+//! The live picture of `cargo xtask demo`, by the program itself, of a migration's lines from a file: on a terminal, and where there is none.
+//! The file has the form of `dom0-migrator migrate --progress json` (a test in `demo/live/state.rs` holds it to that); its numbers are made up
+//! after those of the lab.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends there")]
 
@@ -10,7 +11,7 @@ use std::process::{Command, Stdio};
 
 use nix::pty::{Winsize, openpty};
 
-/// What was recorded.
+/// The lines.
 fn recorded() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("src/demo/files/progress.jsonl")
 }

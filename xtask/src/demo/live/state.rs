@@ -261,6 +261,26 @@ mod tests {
         assert_eq!((state.place, state.wire_bytes), (Place::Target, 7000));
     }
 
+    /// The file that pictures are tried with says what the migrator says, in its own types.
+    #[test]
+    fn the_lines_that_are_tried_have_the_migrator_s_form() {
+        let mut seen = 0;
+        for line in include_str!("../files/progress.jsonl").lines() {
+            let event: Value = serde_json::from_str(line).unwrap();
+            if event["event"] == "progress" {
+                let theirs: dom0_migrator::timeline::SourceSample =
+                    serde_json::from_value(event["source"].clone()).unwrap();
+                let ours: Source = serde_json::from_value(event["source"].clone()).unwrap();
+                assert_eq!(
+                    (ours.ways.referenced, ours.ways.accepted, ours.ways.zero, ours.window_pages),
+                    (theirs.ways.referenced, theirs.ways.accepted, theirs.ways.zero, theirs.window_pages)
+                );
+                seen += 1;
+            }
+        }
+        assert!(seen > 20, "{seen}");
+    }
+
     #[test]
     fn a_migration_that_failed_leaves_the_guest_where_it_was() {
         let mut state = State::new("a", ["x", "y"]);
