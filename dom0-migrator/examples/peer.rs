@@ -7,13 +7,14 @@
 //! peer target DIR DISK           connects to DIR/restore, DIR/wire and DIR/side
 //! ```
 //!
-//! What came of it is one line of numbers: references that were accepted, and refused.
+//! What came of it is one line of numbers: the version of the stream, and references that were accepted, and refused.
 
 use std::error::Error;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 
+use dom0_migrator::control::STREAM_VERSION;
 use dom0_migrator::engine::{
     Config, DiskName, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts,
 };
@@ -71,6 +72,6 @@ fn main() -> Result<(), Box<dyn Error>> {
         }
         _ => return Err("usage: peer source DIR DISK PAGES | peer target DIR DISK".into()),
     };
-    println!("{accepted} {refused}");
+    println!("{STREAM_VERSION} {accepted} {refused}");
     Ok(())
 }

@@ -42,9 +42,9 @@ use crate::report::RestoreReport;
 /// Version of everything that the two commands say to each other. Another one is refused.
 pub const VERSION: u32 = 2;
 
-/// Version of what the two helpers say to each other, in the stream and beside it; raised with [`crate::engine::side_message`]'s.
-/// Between hosts that differ in it only libxl's own helper runs.
-pub const STREAM_VERSION: u16 = 1;
+/// Version of what the two helpers say to each other, in the stream and beside it: [`crate::engine::side_message`]'s, so that neither is
+/// raised without the other. Between hosts that differ in it only libxl's own helper runs.
+pub const STREAM_VERSION: u16 = crate::engine::side_message::VERSION;
 
 /// TCP connections over which one stream goes, at most.
 pub const CONNECTIONS_MAX: u16 = 16;

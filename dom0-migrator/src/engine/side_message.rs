@@ -37,7 +37,7 @@ use super::xen_stream::{u32_at, u64_at};
 
 const MAGIC: u32 = u32::from_le_bytes(*b"PsSc");
 /// Version of the protocol, the memory record's layout and the hash included. In version 1 pages were hashed by BLAKE3.
-const VERSION: u16 = 2;
+pub const VERSION: u16 = 2;
 const HEADER: usize = 16;
 /// Longest body: 255 disks with the longest of paths.
 const MAX_BODY: usize = 2 << 20;

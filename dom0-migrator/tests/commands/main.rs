@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dom0_migrator::command::{EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MIGRATED, EXIT_NOT_BEGUN, EXIT_UNDEFINED};
-use dom0_migrator::control::VERSION;
+use dom0_migrator::control::{STREAM_VERSION, Token, VERSION};
 use dom0_migrator::report_file;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

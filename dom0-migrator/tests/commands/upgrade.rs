@@ -144,3 +144,34 @@ fn a_question_that_the_other_does_not_know_disturbs_nothing() {
     source.migrate("", "db1", &receiver.address).expect(EXIT_MIGRATED, "migrated");
     runs_only_at(&target, &source);
 }
+
+/// Helpers that speak different versions are not begun: a target says so before anything is, whichever of the two is the older one.
+#[test]
+#[ignore = "needs the release before: `cargo xtask test upgrade`"]
+fn helpers_of_different_versions_are_not_begun() {
+    let said = |target: &Host, version: u16| {
+        let receiver = target.receive("", &[]);
+        let token = Token::random().unwrap();
+        let greeting = serde_json::json!({"poolskip": VERSION, "connection": "control", "token": token});
+        let start = serde_json::json!({"start": {"domain": "db1", "helper": "poolskip", "stream_version": version, "debug": false}});
+        let mut connection = std::net::TcpStream::connect(&receiver.address).unwrap();
+        for line in [greeting, start] {
+            std::io::Write::write_all(&mut connection, format!("{line}\n").as_bytes()).unwrap();
+        }
+        let mut line = String::new();
+        BufReader::new(connection).read_line(&mut line).unwrap();
+        let ready: serde_json::Value = serde_json::from_str(&line).unwrap();
+        ready["ready"]["stock_because"].as_str().unwrap_or_default().to_owned()
+    };
+    // What no release speaks: the answer has what this one does.
+    let foreign = said(&Host::of_before(), u16::MAX);
+    let (_, theirs) = foreign.rsplit_once(' ').unwrap();
+    let theirs: u16 = theirs.parse().unwrap();
+    for (target, version) in [(Host::of_before(), STREAM_VERSION), (Host::new(), theirs)] {
+        let why = said(&target, version);
+        let differs = why.contains("speaks version");
+        assert_eq!(differs, theirs != STREAM_VERSION, "{theirs} and {STREAM_VERSION}: {why}");
+        // This machine has no Xen, which is the other reason.
+        assert!(differs || why.contains("Xen"), "{why}");
+    }
+}

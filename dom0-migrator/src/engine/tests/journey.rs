@@ -327,23 +327,6 @@ fn an_hvm_stream_goes_through_and_its_device_model_s_records_stay_behind_it() {
     assert_eq!((stats.pages_referenced, stats.pages_zero, stats.pages_without_data), (16, 8, 40));
 }
 
-/// Streams of version 2 have nothing between the headers and an HVM guest's memory.
-#[test]
-fn nothing_overtakes_the_headers() {
-    let disk = disk(1);
-    for _ in 0..100 {
-        let mut pair = Pair::simple(map([]), &disk, config());
-        let mut stream = beginning_pvh()[..40].to_vec();
-        stream.extend(page_data(&[Sent::page(1, vec![0; PAGE]), Sent::page(2, other_page(2))]));
-        stream.extend(record(kinds::END, &[]));
-        pair.write(&stream);
-        let outcome = pair.finish();
-        outcome.source.unwrap();
-        outcome.target.unwrap();
-        assert!(restore(&outcome.stream) == restore(&stream));
-    }
-}
-
 /// As between two hosts: TCP for the stream and for the side channel, pipes towards libxenguest.
 #[test]
 fn tcp_and_pipes_do_as_well() {

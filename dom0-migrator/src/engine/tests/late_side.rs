@@ -163,10 +163,11 @@ fn one_that_comes_late_is_used_from_then_on() {
 #[test]
 fn nobody_who_comes_is_a_plain_stream() {
     let Waiting { mut save, source, wire, give, _disk } = Waiting::start(Duration::ZERO);
-    drop(give);
     let (begun, rest) = (beginning(), [pages(0..64), ending()].concat());
     save.write_all(&begun).unwrap();
     let (target, reader) = target(wire.try_clone().unwrap(), None);
+    // Earlier nothing would have been offered.
+    drop(give);
     save.write_all(&rest).unwrap();
     drop((save, wire));
     let source = source.finish().unwrap();
