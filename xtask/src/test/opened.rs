@@ -62,6 +62,11 @@ fn parse(words: &str) -> Result<Vec<Opened>> {
         }
         ensure!(!line.contains("sys_open_by_handle_at"), "a file was opened by its handle: {line}");
         let (task, event) = line.split_once(" [").with_context(|| format!("not an event: {line:?}"))?;
+        // Before the processor's number stands the task's name, and it may be anything.
+        let is_processor = event.split_once(']').is_some_and(|(number, _)| {
+            !number.is_empty() && number.bytes().all(|digit| digit.is_ascii_digit())
+        });
+        ensure!(is_processor, "a task whose name looks like an event: {line:?}");
         let task = task.trim().rsplit_once('-').with_context(|| format!("an event of no task: {line:?}"))?.0;
         let Some((_, path)) = event.split_once(" name=\"") else {
             bail!("an event without a name: {line:?}")
