@@ -380,7 +380,8 @@ fn full(lab: &Lab) -> Result<()> {
 /// The program that deploys is killed while the guest's dpkg is at work.
 fn broken_off(lab: &Lab) -> Result<()> {
     let args = lab.args();
-    let mut command = Command::new(std::env::current_exe().context("this program has no file")?);
+    // This program, though its file may have been built anew meanwhile.
+    let mut command = Command::new("/proc/self/exe");
     command.arg("deploy").arg("--packages").arg(&lab.packages);
     let of = |option: &str, names: &[String]| -> Vec<String> {
         names.iter().map(|name| format!("--{option}={name}")).collect()

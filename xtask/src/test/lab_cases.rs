@@ -15,6 +15,13 @@ use crate::lab::{Flavour, Host, Lab};
 use crate::migration::{DOMAIN, Options, certify, check, migrate_encrypted, start};
 use crate::proof;
 
+/// Those that take minutes each: they run when the part is named.
+const LONG: [&str; 3] = [
+    "xl_migrate_uses_references_by_the_variable_alone",
+    "storage_at_a_tenth_costs_time_and_nothing_else",
+    "hostile_lists_change_no_byte_open_no_file_and_take_no_memory",
+];
+
 /// All cases of the PV guest, in their order.
 pub(super) const CASES: [Case; 16] = [
     ("a_dry_run_tells_what_will_be_and_changes_nothing", dry_run),
@@ -46,8 +53,12 @@ pub(super) const CASES: [Case; 16] = [
 ///
 /// # Errors
 /// That of the first case that fails.
-pub(super) fn run(only: &[String]) -> Result<()> {
-    let cases = chosen(&CASES, only);
+pub(super) fn run(only: &[String], with_long: bool) -> Result<()> {
+    let mut cases = chosen(&CASES, only);
+    if !with_long {
+        cases.retain(|(name, _)| !LONG.contains(name));
+        println!("in `cargo xtask test lab` alone, for they take minutes each: {}", LONG.join(", "));
+    }
     if cases.is_empty() {
         return Ok(());
     }
