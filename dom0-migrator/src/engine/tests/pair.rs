@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use enlightenment::{ListKind, Pfn, Run, Vdev};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -63,6 +63,9 @@ pub fn config() -> Config {
     }
 }
 
+/// How long nothing passes a wire that is held.
+const HELD_AT_MOST: Duration = Duration::from_secs(30);
+
 /// Takes little at a time, and nothing while it is held.
 fn narrow(wire: (UnixStream, UnixStream), is_held: &Arc<AtomicBool>) -> (UnixStream, UnixStream) {
     let (mut from, is_held) = (UnixStream::pair().unwrap(), Arc::clone(is_held));
@@ -70,7 +73,12 @@ fn narrow(wire: (UnixStream, UnixStream), is_held: &Arc<AtomicBool>) -> (UnixStr
     let (mut to, mut piece) = (wire.0, [0; 4096]);
     std::thread::spawn(move || {
         loop {
+            let patience = Instant::now() + HELD_AT_MOST;
             while is_held.load(Ordering::Relaxed) {
+                if Instant::now() > patience {
+                    // The filter waits for the wire, with what it would have to do first: a wire does go on some day.
+                    is_held.store(false, Ordering::Relaxed);
+                }
                 std::thread::sleep(Duration::from_micros(200));
             }
             let length = from.1.read(&mut piece).unwrap_or(0);
