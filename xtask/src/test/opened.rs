@@ -81,8 +81,23 @@ fn parse(words: &str) -> Result<Vec<Opened>> {
 }
 
 /// What belongs to programs, to the kernel and to Xen, not to a domain.
-const SYSTEM: [&str; 9] =
-    ["/etc/", "/lib/", "/lib64/", "/lab/", "/proc/", "/run/", "/sys/", "/usr/", "/dev/xen/"];
+const SYSTEM: [&str; 15] = [
+    "/bin/",
+    "/etc/",
+    "/lib/",
+    "/lib64/",
+    "/lab/",
+    "/proc/",
+    "/run/",
+    "/sys/",
+    "/usr/",
+    "/dev/xen/",
+    "/tmp/poolskip-",
+    "/var/lib/poolskip/",
+    "/var/lib/xen/",
+    "/var/log/xen/",
+    "/var/run/xen/",
+];
 /// Single ones of that kind.
 const SYSTEM_FILES: [&str; 3] = ["/dev/null", "/dev/urandom", "/dev/tty"];
 
