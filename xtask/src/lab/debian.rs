@@ -5,7 +5,7 @@
 //! processes is what is slow under emulation); the guest has no kernel package, for its host boots it from a file; and its server
 //! comes from Debian sid and lies in a root of its own, for Debian 12 has no MySQL.
 
-use std::fs::{self, File};
+use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,7 +13,7 @@ use std::process::Command;
 use anyhow::{Context, Result};
 
 use super::dom0::{boot_files, install};
-use super::guest_disk::{PARTITION_OFFSET, TABLES, contained, partition};
+use super::guest_disk::{PARTITION_OFFSET, TABLES, contained, write_disk};
 use super::modules::{GUEST_BOOT, HOST, HOST_BOOT};
 use super::{Flavour, GuestSize, Host};
 use crate::apt::{Area, Package};
@@ -201,7 +201,8 @@ pub(super) fn guest_disk(flavour: Flavour, size: GuestSize) -> Result<PathBuf> {
         fs::remove_dir_all(own.join("run/mysqld"))?;
         symlink(format!("/{SERVER}/var/lib/lab-checksums"), root.join("var/lib/lab-checksums"))?;
         let image = dir.join("shared.raw");
-        step("writing the guest's disk", || write_disk(&root, &image, disk_bytes))?;
+        let fill = include_str!("files/debian/fill-disk");
+        step("writing the guest's disk", || write_disk(&root, &image, disk_bytes, fill))?;
         Ok(fs::remove_dir_all(&root)?)
     })?;
     Ok(dir.join("shared.raw"))
@@ -290,23 +291,6 @@ pub(super) fn verify(disk: &Path, name: &str) -> Result<Vec<String>> {
         .arg(offset.to_string())
         .arg(said.path()))?;
     Ok(String::from_utf8_lossy(&words).lines().map(|line| format!("{name}: {line}")).collect())
-}
-
-fn write_disk(root: &Path, image: &Path, disk_bytes: u64) -> Result<()> {
-    let file = File::create(image).with_context(|| format!("cannot write {}", image.display()))?;
-    file.set_len(disk_bytes)?;
-    drop(file);
-    partition(image)?;
-    let blocks_kib = (disk_bytes - PARTITION_OFFSET) >> 10;
-    run(Command::new("mke2fs")
-        .args(["-q", "-F", "-t", "ext4", "-L", "db1"])
-        .args(["-E", &format!("offset={PARTITION_OFFSET},lazy_itable_init=0,lazy_journal_init=0")])
-        .arg(image)
-        .arg(format!("{blocks_kib}k")))?;
-    let script = image.with_file_name("fill-disk");
-    fs::write(&script, include_str!("files/debian/fill-disk"))?;
-    run(contained().arg("bash").arg(&script).arg(image).arg(PARTITION_OFFSET.to_string()).arg(root))?;
-    Ok(fs::remove_file(&script)?)
 }
 
 #[cfg(test)]

@@ -78,7 +78,8 @@ pub fn get(size: GuestSize) -> Result<PathBuf> {
             let left = root.join(left);
             if left.is_dir() { fs::remove_dir_all(left)? } else { fs::remove_file(left)? }
         }
-        step("writing the guest's disk", || write_disk(&root, &dir.join("shared.raw"), disk_bytes))?;
+        let (image, fill) = (dir.join("shared.raw"), include_str!("files/fill-disk"));
+        step("writing the guest's disk", || write_disk(&root, &image, disk_bytes, fill))?;
         fs::remove_dir_all(&root)?;
         Ok(())
     })?;
@@ -92,7 +93,11 @@ pub(super) fn contained() -> Command {
     command
 }
 
-fn write_disk(root: &Path, image: &Path, disk_bytes: u64) -> Result<()> {
+/// Writes a whole disk with one partition, an ext4 file system that has all of `root`; `fill` is the script that copies it there.
+///
+/// # Errors
+/// When a tool fails.
+pub(super) fn write_disk(root: &Path, image: &Path, disk_bytes: u64, fill: &str) -> Result<()> {
     let file = File::create(image).with_context(|| format!("cannot write {}", image.display()))?;
     file.set_len(disk_bytes)?;
     drop(file);
@@ -103,8 +108,8 @@ fn write_disk(root: &Path, image: &Path, disk_bytes: u64) -> Result<()> {
         .args(["-E", &format!("offset={PARTITION_OFFSET},lazy_itable_init=0,lazy_journal_init=0")])
         .arg(image)
         .arg(format!("{blocks_kib}k")))?;
-    let script = root.with_file_name("fill-disk");
-    fs::write(&script, include_str!("files/fill-disk"))?;
+    let script = image.with_file_name("fill-disk");
+    fs::write(&script, fill)?;
     run(contained().arg("bash").arg(&script).arg(image).arg(PARTITION_OFFSET.to_string()).arg(root))?;
     fs::remove_file(&script)?;
     Ok(())
@@ -114,7 +119,7 @@ fn write_disk(root: &Path, image: &Path, disk_bytes: u64) -> Result<()> {
 ///
 /// # Errors
 /// When sfdisk fails.
-pub(super) fn partition(image: &Path) -> Result<()> {
+fn partition(image: &Path) -> Result<()> {
     let mut sfdisk = Command::new("sfdisk")
         .args(["--quiet", "--no-reread", "--no-tell-kernel"])
         .arg(image)

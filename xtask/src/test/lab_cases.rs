@@ -178,3 +178,14 @@ fn kill_midway(lab: &Lab, from: Host, victim: Victim) -> Result<()> {
     ensure!(received.status != 0, "the receiver says that it went well: {}", received.stdout);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_takes_minutes_is_a_case() {
+        let is_case = |name: &&str| CASES.iter().any(|(case, _)| case == name);
+        assert!(LONG.iter().all(is_case), "a name in LONG is that of no case");
+    }
+}
