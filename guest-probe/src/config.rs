@@ -48,6 +48,8 @@ pub struct Config {
     /// On demand: probes are taken out when dom0 has asked nothing for so many seconds. After a migration that went well nobody is left
     /// here to say so.
     pub detach_after_seconds: u64,
+    /// Whether cached pages of files are listed, too.
+    pub page_cache: bool,
     /// KiB in each server's ring buffer, a power of two.
     pub ring_kib: u32,
     /// Let the kernel count the runs of the eBPF programs and their time; some 20 ns a run.
@@ -76,6 +78,7 @@ impl Default for Config {
             device: enlightenment::device::DEVICE_PATH.into(),
             socket: SOCKET_PATH.into(),
             detach_after_seconds: 600,
+            page_cache: true,
             ring_kib: RING_BYTES / 1024,
             statistics: false,
             metrics: MetricsConfig::default(),
@@ -176,7 +179,13 @@ impl Config {
 
     /// Options of each session: what is published names disks as Xen does.
     pub fn options(&self) -> Options {
-        Options { pid: self.pid, ring_bytes: self.ring_kib * 1024, rule: DiskRule::Xen, wrong_hints: None }
+        Options {
+            pid: self.pid,
+            ring_bytes: self.ring_kib * 1024,
+            rule: DiskRule::Xen,
+            page_cache: self.page_cache,
+            wrong_hints: None,
+        }
     }
 
     /// On demand: how long probes stay in place after the last request.
@@ -217,7 +226,7 @@ mod tests {
         let keys: Vec<&String> = all.as_table().unwrap().keys().chain(metrics.keys()).collect();
         // None is left out: serde writes no key for what is not there.
         assert!(config.pid.is_some() && config.metrics.listen.is_some() && config.metrics.textfile.is_some());
-        assert_eq!(keys.len(), 11);
+        assert_eq!(keys.len(), 12);
         let lines: Vec<&str> = text.lines().collect();
         for key in keys.into_iter().filter(|key| *key != "metrics") {
             let at = lines.iter().position(|line| line.starts_with(&format!("{key} = ")));

@@ -180,6 +180,20 @@ impl ExtentMap {
         if at >= end { Ok(()) } else { Err(LeftOut::Hole) }
     }
 
+    /// Hands out the pieces of a range of the file that may be named, and passes over holes and what may not.
+    pub fn fit_pieces(&self, logical: u64, length: u64, mut each: impl FnMut(Extent)) {
+        let end = logical.saturating_add(length);
+        let first = self.extents.partition_point(|placed| placed.extent.end() <= logical);
+        let rest = self.extents.get(first..).unwrap_or_default();
+        for Placed { extent, unfit } in rest.iter().take_while(|placed| placed.extent.logical < end) {
+            let (begin, piece_end) = (extent.logical.max(logical), extent.end().min(end));
+            if unfit.is_none() && begin < piece_end {
+                let physical = extent.physical + (begin - extent.logical);
+                each(Extent { logical: begin, physical, length: piece_end - begin });
+            }
+        }
+    }
+
     /// Pieces in all.
     pub fn len(&self) -> usize {
         self.extents.len()

@@ -36,6 +36,7 @@ pub mod left_out;
 pub mod lists;
 pub mod memory;
 pub mod metrics;
+pub mod page_cache;
 pub mod privileges;
 pub mod probes;
 pub mod process;

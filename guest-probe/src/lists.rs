@@ -166,10 +166,10 @@ fn judge<M: Memory>(
 
 /// Runs on their way.
 #[derive(Default)]
-struct Runs(Vec<UserRun>);
+pub(crate) struct Runs(Vec<UserRun>);
 
 impl Runs {
-    fn push(&mut self, frame: FrameAddr, piece: &DiskPiece, kind: ListKind) {
+    pub(crate) fn push(&mut self, frame: FrameAddr, piece: &DiskPiece, kind: ListKind) {
         let run = UserRun {
             address: frame.0.wrapping_add(piece.offset),
             disk_offset: piece.disk_offset,
@@ -183,7 +183,10 @@ impl Runs {
         }
     }
 
-    fn hand_over<E>(&mut self, sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>) -> Result<(), E> {
+    pub(crate) fn hand_over<E>(
+        &mut self,
+        sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>,
+    ) -> Result<(), E> {
         if self.0.is_empty() {
             return Ok(());
         }

@@ -5,6 +5,7 @@
 //! | `CAP_BPF`, `CAP_PERFMON` | eBPF programs, their maps, probes in another process |
 //! | `CAP_SYS_PTRACE` | `/proc/PID/exe`, `fd` and `cwd` of mysqld, and its memory |
 //! | `CAP_DAC_READ_SEARCH` | data files, which only mysqld's user may read; they are opened to be asked where they lie |
+//! | `CAP_FOWNER` | which pages of a file are in memory: `mincore` tells a file's owner alone |
 //! | `CAP_SYS_RESOURCE` | locked memory for maps before Linux 5.11 |
 //! | `CAP_SYS_ADMIN` | the module's device when it is opened, the kernel's statistics, and each probe: perf's uprobes want it beside CAP_PERFMON |
 //!
@@ -14,14 +15,18 @@
 use std::io;
 
 /// The capabilities that are kept, by number and by name (linux/capability.h).
-pub const NEEDED: [(u32, &str); 6] = [
+pub const NEEDED: [(u32, &str); 7] = [
     (2, "CAP_DAC_READ_SEARCH"),
+    (FOWNER, "CAP_FOWNER"),
     (19, "CAP_SYS_PTRACE"),
     (21, "CAP_SYS_ADMIN"),
     (24, "CAP_SYS_RESOURCE"),
     (38, "CAP_PERFMON"),
     (39, "CAP_BPF"),
 ];
+
+/// Number of `CAP_FOWNER`.
+pub const FOWNER: u32 = 3;
 
 /// `_LINUX_CAPABILITY_VERSION_3`: two words of 32 bits each.
 const VERSION: u32 = 0x2008_0522;
@@ -63,6 +68,12 @@ pub fn give_up() -> io::Result<()> {
     // SAFETY: the header says that two sets follow, which they do; both live through the call.
     let result = unsafe { libc::syscall(libc::SYS_capset, &raw const header, sets.as_ptr()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Whether this thread has a capability, by its number; not when the kernel does not say.
+pub fn has(number: u32) -> bool {
+    let set = get().ok().and_then(|sets| sets.get((number / 32) as usize).copied());
+    set.is_some_and(|set| set.effective >> (number % 32) & 1 != 0)
 }
 
 fn get() -> io::Result<[Sets; 2]> {

@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use enlightenment::device::Publish;
 
 use crate::device::{Device, DeviceError};
+use crate::page_cache::{self, BuildError};
 use crate::process::{Choice, MysqldProcess, ProcessError, ProcessKey};
 use crate::session::{Options, Server, Session, SessionError};
 use crate::status::Answer;
+use crate::wrong_hints::WrongHints;
 
 /// A server that could not be probed is tried again after this time, then after twice that, and so on.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
@@ -30,12 +32,15 @@ pub struct Servers {
     choice: Choice,
     sessions: BTreeMap<ProcessKey, Session>,
     refused: BTreeMap<ProcessKey, Refused>,
+    /// For cached pages of files; each session has its own.
+    wrong_hints: Option<WrongHints>,
 }
 
 impl Servers {
     /// None yet.
     pub fn new(options: Options, choice: Choice) -> Self {
-        Self { options, choice, sessions: BTreeMap::new(), refused: BTreeMap::new() }
+        let wrong_hints = options.wrong_hints.map(|seed| WrongHints::new(!seed));
+        Self { options, choice, sessions: BTreeMap::new(), refused: BTreeMap::new(), wrong_hints }
     }
 
     /// Attaches to every chosen server that runs and is not probed yet, and returns to how many. One that cannot be probed stands in
@@ -148,6 +153,9 @@ impl Servers {
                 is_second_look = true;
                 continue;
             }
+            if self.options.page_cache {
+                self.add_page_cache(device, generation, &mut answer)?;
+            }
             let lists = &answer.lists;
             device.publish(&Publish {
                 generation,
@@ -163,6 +171,35 @@ impl Servers {
         }
     }
 
+    /// Adds the cached pages of files to a generation. Lists without them are still lists.
+    fn add_page_cache(
+        &mut self,
+        device: &mut impl Device,
+        generation: u64,
+        answer: &mut Answer,
+    ) -> Result<(), DeviceError> {
+        let own = std::process::id() as i32;
+        let processes = self.sessions.values().map(|session| &session.server().process);
+        let wrong_hints = &mut self.wrong_hints;
+        let built = page_cache::build(processes, self.options.rule, |runs| {
+            if let Some(hints) = wrong_hints {
+                hints.spoil(runs);
+            }
+            let added = device.add(generation, own, runs)?;
+            answer.pages_listed += added.listed;
+            answer.pages_unmapped += added.unmapped;
+            Ok(())
+        });
+        match built {
+            Ok(summary) => answer.page_cache = Some(summary),
+            Err(BuildError::Sink(error)) => return Err(error),
+            Err(BuildError::Cache(error)) => {
+                tracing::warn!(%error, "not all cached pages of files are listed")
+            }
+        }
+        Ok(())
+    }
+
     /// Why a server that is not probed never can be, if there is such a one; it is forgotten here.
     pub fn take_final_refusal(&mut self) -> Option<SessionError> {
         let key = self.refused.iter().find(|(_, refused)| refused.error.is_final()).map(|(key, _)| *key)?;
@@ -172,6 +209,11 @@ impl Servers {
     /// Those that are probed.
     pub fn sessions(&self) -> impl Iterator<Item = (&ProcessKey, &Session)> {
         self.sessions.iter()
+    }
+
+    /// Hints about cached pages of files that were made wrong on purpose.
+    pub fn cache_hints_made_wrong(&self) -> u64 {
+        self.wrong_hints.as_ref().map_or(0, WrongHints::made_wrong)
     }
 
     /// How many are probed.

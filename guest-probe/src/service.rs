@@ -370,6 +370,7 @@ impl Service {
                     frames_written = answer.lists.frames_written,
                     clean = answer.lists.pool_frames_clean,
                     pages = answer.pages_listed,
+                    cached = answer.page_cache.as_ref().map(|cache| cache.pages),
                     milliseconds = answer.milliseconds,
                     "lists are published"
                 );
@@ -472,7 +473,9 @@ impl Service {
             published: self.published,
             last_error: self.last_error.clone(),
             peak_memory_bytes: peak_memory_bytes(),
-            hints_made_wrong: self.hints_made_wrong + self.hints_of_sessions(),
+            hints_made_wrong: self.hints_made_wrong
+                + self.hints_of_sessions()
+                + self.servers.cache_hints_made_wrong(),
             module: None,
         }
     }

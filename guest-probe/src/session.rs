@@ -164,13 +164,15 @@ pub struct Options {
     pub ring_bytes: u32,
     /// Which disks count.
     pub rule: DiskRule,
+    /// Whether cached pages of files are listed, too ([`crate::page_cache`]).
+    pub page_cache: bool,
     /// Seed of wrong hints.
     pub wrong_hints: Option<u64>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { pid: None, ring_bytes: RING_BYTES, rule: DiskRule::Xen, wrong_hints: None }
+        Self { pid: None, ring_bytes: RING_BYTES, rule: DiskRule::Xen, page_cache: true, wrong_hints: None }
     }
 }
 

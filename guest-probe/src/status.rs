@@ -15,6 +15,7 @@ use crate::config::Mode;
 use crate::coverage::TableCoverage;
 use crate::frame_table::FrameCounts;
 use crate::lists::ListSummary;
+use crate::page_cache::CacheSummary;
 use crate::statistics::ProgramStatistics;
 
 /// Where `run` listens.
@@ -145,6 +146,8 @@ pub struct Answer {
     pub milliseconds: u64,
     /// What became of the frames.
     pub lists: ListSummary,
+    /// What became of the page cache; none when it is not listed.
+    pub page_cache: Option<CacheSummary>,
     /// The same by table, those with the most frames first.
     pub tables: Vec<TableCoverage>,
 }
@@ -169,6 +172,9 @@ impl fmt::Display for Status {
                 let withdrawn = if self.published { "" } else { " (withdrawn since)" };
                 write!(f, "published   {answer}")?;
                 writeln!(f, "{withdrawn}")?;
+                if let Some(cache) = &answer.page_cache {
+                    writeln!(f, "page cache  {cache}")?;
+                }
                 write_coverage(f, &answer.lists, &answer.tables)?;
                 for (pid, why) in &answer.left_out {
                     writeln!(f, "left out    process {pid}: {why}")?;
@@ -222,6 +228,21 @@ impl fmt::Display for Answer {
             self.pages_listed,
             self.milliseconds,
         )
+    }
+}
+
+impl fmt::Display for CacheSummary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { files, pages, pages_changed, pages_without_place, .. } = self;
+        write!(
+            f,
+            "{pages} guest pages of {files} files listed; left out: {pages_changed} changed, {pages_without_place} with no place"
+        )?;
+        for (reason, count) in &self.files_left_out {
+            write!(f, ", {count} files ({})", reason.words())?;
+        }
+        let cut_short = if self.cut_short { ", and what was left when time was up" } else { "" };
+        write!(f, "{cut_short}; in {} ms", self.milliseconds)
     }
 }
 

@@ -8,12 +8,13 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 
 use enlightenment::{PAGE_SIZE, Vdev};
 use nix::sys::statfs::fstatfs;
 
-use crate::disk::{DeviceNumber, DiskPlace, Disks};
-use crate::fiemap::ExtentMap;
+use crate::disk::{DeviceNumber, DevicePiece, DiskPlace, Disks};
+use crate::fiemap::{Extent, ExtentMap};
 use crate::frame_table::{PAGE_BYTES, PageId};
 use crate::left_out::LeftOut;
 use crate::spaces::{SpaceFile, SpaceFlags, Spaces};
@@ -40,12 +41,83 @@ pub struct DiskPiece {
     pub pages: u16,
 }
 
-/// A file with its extents.
-struct MappedFile {
+/// A file with its extents, on disks that may be named.
+pub struct PlacedFile {
     extents: ExtentMap,
+    device: DeviceNumber,
+}
+
+impl PlacedFile {
+    /// Asks for the places of an open file on this device; `name` is for the log.
+    ///
+    /// # Errors
+    /// [`LeftOut`] with the reason that holds for all its bytes.
+    pub fn of(
+        file: &File,
+        name: &Path,
+        device: DeviceNumber,
+        disks: &mut Disks,
+        rule: DiskRule,
+    ) -> Result<Self, LeftOut> {
+        is_nameable(device, disks, rule)?;
+        if let Some(reason) = unfit_file_system(file) {
+            return Err(reason);
+        }
+        let extents = ExtentMap::of(file).map_err(|error| {
+            tracing::warn!(%error, name = %name.display(), "pages of a file are not listed");
+            LeftOut::Unmappable
+        })?;
+        Ok(Self { extents, device })
+    }
+
+    /// Hands out the whole guest pages of a range of the file (at most 256 MiB, that [`DiskPiece::pages`] can count them) whose places may be named.
+    pub fn fit_pieces(
+        &self,
+        disks: &mut Disks,
+        rule: DiskRule,
+        in_file: u64,
+        length: u64,
+        mut each: impl FnMut(DiskPiece),
+    ) {
+        let Ok(device) = disks.map(self.device) else { return };
+        self.extents.fit_pieces(in_file, length, |extent| {
+            // Of what the device cannot name as a whole, the pieces before that are still right.
+            let _ = device.pieces(extent.physical, extent.length, |piece| {
+                if let Ok(vdev) = name_of(piece.place, rule) {
+                    each_whole(&extent, &piece, in_file, vdev, &mut each);
+                }
+            });
+        });
+    }
+}
+
+/// Whether any byte of a device may be named: asked before its files are.
+fn is_nameable(device: DeviceNumber, disks: &mut Disks, rule: DiskRule) -> Result<(), LeftOut> {
+    disks.map(device)?.first().map_or(Ok(()), |place| name_of(place, rule).map(|_| ()))
+}
+
+/// What of a piece of an extent is whole guest pages, counted from `in_file`; nothing when none is, or when they begin at an odd place.
+fn each_whole(
+    extent: &Extent,
+    piece: &DevicePiece<'_>,
+    in_file: u64,
+    vdev: Vdev,
+    mut each: impl FnMut(DiskPiece),
+) {
+    let into = extent.logical - in_file + piece.into;
+    let offset = into.next_multiple_of(PAGE_SIZE as u64);
+    let pages = (into + piece.length).saturating_sub(offset) / PAGE_SIZE as u64;
+    let disk_offset = piece.disk_offset.saturating_add(offset - into);
+    if let (1.., Ok(pages), true) = (pages, u16::try_from(pages), disk_offset.is_multiple_of(512)) {
+        each(DiskPiece { offset, vdev, disk_offset, pages });
+    }
+}
+
+/// A data file.
+struct MappedFile {
+    place: PlacedFile,
     /// Pages of InnoDB in the file.
     pages: u64,
-    device: DeviceNumber,
 }
 
 /// `FS_IOC_FSGETXATTR`: `_IOR('X', 31, struct fsxattr)`, from linux/fs.h.
@@ -89,23 +161,17 @@ impl<'a> StorageMap<'a> {
             return Err(LeftOut::BeyondFile);
         }
         let in_file = u64::from(page.page) * PAGE_BYTES;
-        let device = self.disks.map(file.device)?;
+        let device = self.disks.map(file.place.device)?;
         let mut outcome = Ok(());
-        file.extents
+        file.place
+            .extents
             .pieces(in_file, PAGE_BYTES, |extent| {
                 let found = device.pieces(extent.physical, extent.length, |piece| {
                     let place = match name_of(piece.place, self.rule) {
                         Ok(vdev) => vdev,
                         Err(reason) => return outcome = Err(reason),
                     };
-                    // Cut to whole guest pages of the file.
-                    let into = extent.logical - in_file + piece.into;
-                    let offset = into.next_multiple_of(PAGE_SIZE as u64);
-                    let pages = (into + piece.length).saturating_sub(offset) / PAGE_SIZE as u64;
-                    let disk_offset = piece.disk_offset.saturating_add(offset - into);
-                    if pages > 0 && disk_offset.is_multiple_of(512) {
-                        pieces.push(DiskPiece { offset, vdev: place, disk_offset, pages: pages as u16 });
-                    }
+                    each_whole(&extent, &piece, in_file, place, |piece| pieces.push(piece));
                 });
                 if outcome.is_ok() {
                     outcome = found;
@@ -133,7 +199,7 @@ impl<'a> StorageMap<'a> {
     /// # Errors
     /// [`LeftOut`] where nothing of it may.
     pub fn bytes_of(&mut self, file: &SpaceFile) -> Result<(u64, BTreeMap<LeftOut, u64>), LeftOut> {
-        Ok(map_known_file(file, self.disks, self.rule)?.extents.bytes())
+        Ok(map_known_file(file, self.disks, self.rule)?.place.extents.bytes())
     }
 }
 
@@ -159,24 +225,15 @@ fn map_file(spaces: &Spaces, disks: &mut Disks, rule: DiskRule, space: u32) -> R
 }
 
 fn map_known_file(known: &SpaceFile, disks: &mut Disks, rule: DiskRule) -> Result<MappedFile, LeftOut> {
-    // Asked here for the reason that holds for all its pages; the pieces ask again.
-    let device = disks.map(known.device)?;
-    if let Some(place) = device.first() {
-        name_of(place, rule)?;
-    }
+    // Asked here for the reason that holds for all its pages, before the file is opened.
+    is_nameable(known.device, disks, rule)?;
     let file = known.open().map_err(|error| {
         tracing::debug!(%error, name = %known.name.display(), "a data file cannot be opened");
         LeftOut::FileGone
     })?;
     let bytes = file.metadata().map_err(|_| LeftOut::FileGone)?.len();
-    if let Some(reason) = unfit_file_system(&file) {
-        return Err(reason);
-    }
-    let extents = ExtentMap::of(&file).map_err(|error| {
-        tracing::warn!(%error, name = %known.name.display(), "pages of a data file are not listed");
-        LeftOut::Unmappable
-    })?;
-    Ok(MappedFile { extents, pages: bytes / PAGE_BYTES, device: known.device })
+    let place = PlacedFile::of(&file, &known.name, known.device, disks, rule)?;
+    Ok(MappedFile { place, pages: bytes / PAGE_BYTES })
 }
 
 /// What a disk is called in the lists.

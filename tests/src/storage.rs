@@ -1,6 +1,7 @@
 //! Files of made-up tablespaces on a real file system, and what must hold of a storage map there: for each page of a file, the bytes of
 //! the whole disk at the place that the map names are the file's bytes, or the map says why it names none.
 
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
@@ -11,6 +12,7 @@ use enlightenment::Vdev;
 use guest_probe::disk::Disks;
 use guest_probe::frame_table::PageId;
 use guest_probe::left_out::LeftOut;
+use guest_probe::page_cache;
 use guest_probe::process::MysqldProcess;
 use guest_probe::spaces::Spaces;
 use guest_probe::storage_map::{DiskRule, StorageMap};
@@ -220,4 +222,104 @@ pub fn a_map_made_anew_follows_the_files(system: &Mounted<'_>) -> Result<()> {
     fs::remove_file(&new)?;
     gone(&spaces, &mut disks, LeftOut::FileGone)?;
     gone(&system.spaces()?, &mut disks, LeftOut::NoFile)
+}
+
+/// Pages of a file in the kernel's page cache are listed, each with the place where the disk has its bytes; those that are not in memory are
+/// not read for it, and those that are not on disk as they are, not listed. Returns the guest pages that were listed, and those that could be.
+///
+/// # Errors
+/// What does not hold.
+pub fn cached_pages_are_listed_where_they_lie(system: &Mounted<'_>) -> Result<(usize, usize)> {
+    const PAGES: u32 = 128;
+    const DROPPED: std::ops::Range<u32> = 32..64;
+    const DIRTY: u32 = 100;
+    let per_page = (PAGE as u64 / GUEST_PAGE) as u32;
+    let path = system.path("cached.bin");
+    // In memory, since it was just written; a hole behind it, in memory since it is read.
+    let file = write_pages(&path, 11, 0..PAGES, 3)?;
+    file.set_len(u64::from(PAGES + 4) * PAGE as u64)?;
+    file.sync_all()?;
+    let range = |pages: &std::ops::Range<u32>| {
+        (i64::from(pages.start) * PAGE as i64, pages.len() as i64 * PAGE as i64)
+    };
+    let (at, length) = range(&DROPPED);
+    // SAFETY: a plain system call on a descriptor that is open.
+    ensure!(unsafe { libc::posix_fadvise(file.as_raw_fd(), at, length, libc::POSIX_FADV_DONTNEED) } == 0);
+    // SAFETY: as above; without it the reads below would read ahead.
+    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_RANDOM) };
+    let mut bytes = vec![0; PAGE];
+    file.read_exact_at(&mut bytes, u64::from(PAGES) * PAGE as u64)?;
+    ensure!(in_memory(&file, &DROPPED)? == 0, "the kernel keeps what it was asked to drop");
+    let cached = in_memory(&file, &(0..PAGES))?;
+    // What is written now is not on disk for a while.
+    file.write_all_at(&page(11, DIRTY, 77), u64::from(DIRTY) * PAGE as u64)?;
+
+    let numbers: HashMap<Vec<u8>, u32> = (0..PAGES)
+        .flat_map(|number| {
+            let bytes = page(11, number, 3);
+            let pieces: Vec<_> = bytes.chunks(GUEST_PAGE as usize).map(<[u8]>::to_vec).collect();
+            pieces.into_iter().zip(number * per_page..)
+        })
+        .collect();
+    let mut listed = BTreeSet::new();
+    let process = MysqldProcess::find(Some(system.pid))?;
+    let own_disk = map_of(system)?;
+    let summary = page_cache::build([&process], DiskRule::Any, |runs| {
+        for run in runs.iter().filter(|run| run.vdev == own_disk.0) {
+            for index in 0..u64::from(run.pages) {
+                let address = (run.address + index * GUEST_PAGE) as *const u8;
+                // SAFETY: the address is mapped until this returns, and none of the files there shrinks.
+                let in_memory = unsafe { std::slice::from_raw_parts(address, GUEST_PAGE as usize) };
+                let at = run.disk_offset + index * GUEST_PAGE;
+                let begin = at / GUEST_PAGE * GUEST_PAGE;
+                let on_disk = (system.read)(own_disk, begin, 2 * GUEST_PAGE as usize)?;
+                let skip = (at - begin) as usize;
+                ensure!(
+                    on_disk[skip..skip + GUEST_PAGE as usize] == *in_memory,
+                    "the disk has other bytes at {at:#x}"
+                );
+                if let Some(number) = numbers.get(in_memory) {
+                    listed.insert(*number);
+                }
+            }
+        }
+        Ok(())
+    })?;
+    ensure!(
+        !listed.iter().any(|number| DROPPED.contains(&(number / per_page))),
+        "pages that are not in memory are listed"
+    );
+    ensure!(in_memory(&file, &DROPPED)? == 0, "pages were read into memory to be listed");
+    ensure!(summary.pages >= listed.len() as u64 && summary.files > 0, "{summary:?}");
+    ensure!(summary.pages_without_place > 0, "the hole has a place: {summary:?}");
+    Ok((listed.len(), cached - per_page as usize))
+}
+
+/// The disk of a file system, as a map names it.
+fn map_of(system: &Mounted<'_>) -> Result<Vdev> {
+    let spaces = system.spaces()?;
+    let mut disks = Disks::default();
+    let mut map = StorageMap::new(&spaces, &mut disks, DiskRule::Any);
+    let mut pieces = Vec::new();
+    let space = spaces.iter().next().context("no tablespace is found")?.header.space;
+    map.pieces(PageId { space, page: 0 }, &mut pieces)
+        .map_err(|reason| anyhow::anyhow!("page 0: {}", reason.words()))?;
+    Ok(pieces.first().context("page 0 has no place")?.vdev)
+}
+
+/// Guest pages of a file in memory, of a range of pages.
+fn in_memory(file: &File, pages: &std::ops::Range<u32>) -> Result<usize> {
+    let (at, length) = (i64::from(pages.start) * PAGE as i64, pages.len() * PAGE);
+    let mut present = vec![0_u8; length / GUEST_PAGE as usize];
+    // SAFETY: a new mapping, which is asked about and taken away again; the vector has a byte for each of its pages.
+    let asked = unsafe {
+        let address =
+            libc::mmap(std::ptr::null_mut(), length, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), at);
+        ensure!(address != libc::MAP_FAILED, "mmap: {}", std::io::Error::last_os_error());
+        let asked = libc::mincore(address, length, present.as_mut_ptr());
+        libc::munmap(address, length);
+        asked
+    };
+    ensure!(asked == 0, "mincore: {}", std::io::Error::last_os_error());
+    Ok(present.iter().filter(|present| **present & 1 != 0).count())
 }

@@ -19,7 +19,8 @@ use nix::sched::{CloneFlags, unshare};
 use tests::disk::{DISK_BYTES, Disk, run};
 use tests::server::wait_for;
 use tests::storage::{
-    Mounted, ReadDisk, a_map_made_anew_follows_the_files, every_page_is_found_or_has_a_reason, write_pages,
+    Mounted, ReadDisk, a_map_made_anew_follows_the_files, cached_pages_are_listed_where_they_lie,
+    every_page_is_found_or_has_a_reason, write_pages,
 };
 
 /// A mounted file system on a partition of a loop device; it goes with the test's thread.
@@ -86,6 +87,8 @@ fn ext4() -> Result<()> {
     let read = system.reader();
     let mounted = system.mounted(&read);
     every_page_is_found_or_has_a_reason(&mounted)?;
+    let (listed, of) = cached_pages_are_listed_where_they_lie(&mounted)?;
+    ensure!(listed == of, "{listed} of {of} cached pages are listed");
     a_map_made_anew_follows_the_files(&mounted)
 }
 
@@ -94,7 +97,11 @@ fn ext4_with_small_blocks() -> Result<()> {
     let system = FileSystem::make("ext4", &["-q", "-b", "1024", "-O", "inline_data"])?;
     let read = system.reader();
     let mounted = system.mounted(&read);
-    every_page_is_found_or_has_a_reason(&mounted)
+    every_page_is_found_or_has_a_reason(&mounted)?;
+    // Blocks of 1 KiB need not make whole pages.
+    let (listed, of) = cached_pages_are_listed_where_they_lie(&mounted)?;
+    ensure!(listed > 0 && listed <= of, "{listed} of {of} cached pages are listed");
+    Ok(())
 }
 
 #[test]
@@ -103,6 +110,8 @@ fn xfs() -> Result<()> {
     let read = system.reader();
     let mounted = system.mounted(&read);
     every_page_is_found_or_has_a_reason(&mounted)?;
+    let (listed, of) = cached_pages_are_listed_where_they_lie(&mounted)?;
+    ensure!(listed == of, "{listed} of {of} cached pages are listed");
     a_map_made_anew_follows_the_files(&mounted)
 }
 

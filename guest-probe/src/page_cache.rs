@@ -1,0 +1,360 @@
+//! The guest kernel's page cache: pages of files that lie on disk as much as those of the pool do, and often most of what is left of a
+//! guest's memory beside it. A server whose files are opened without O_DIRECT has many pages there a second time.
+//!
+//! Each file is mapped here, a window at a time; `mincore(2)` says which of its pages are in memory, only those are entered into the page
+//! tables (nothing is read from disk for it), and the module translates them like frames of a server, by addresses of this process.
+//! Pages that the kernel says are dirty or being written are left out. All of it is a hint, as ever: what changes a moment later is
+//! found by its hash.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use enlightenment::device::UserRun;
+use enlightenment::{ListKind, PAGE_SIZE};
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::bytes::u64_le;
+use crate::disk::{DeviceNumber, Disks};
+use crate::frame_table::FrameAddr;
+use crate::left_out::LeftOut;
+use crate::lists::Runs;
+use crate::privileges;
+use crate::process::MysqldProcess;
+use crate::storage_map::{DiskRule, PlacedFile};
+
+/// Bytes of a file that are mapped at once.
+const WINDOW: u64 = 64 << 20;
+/// No more files are looked at for one answer.
+const MOST_FILES: usize = 65_536;
+/// How deep files lie under the data directory.
+const DEEPEST: usize = 3;
+/// For so long at most files are looked at: dom0 waits for the answer. The server's own come first.
+const LONGEST: Duration = Duration::from_secs(5);
+/// `MADV_POPULATE_READ` of linux/mman.h (5.14).
+const POPULATE_READ: libc::c_int = 22;
+/// Bits of `/proc/PID/pagemap`: the page is there, and its PFN.
+const PRESENT: u64 = 1 << 63;
+const PFN: u64 = (1 << 55) - 1;
+/// Bits of `/proc/kpageflags` (linux/kernel-page-flags.h): DIRTY and WRITEBACK.
+const CHANGED: u64 = 1 << 4 | 1 << 8;
+
+/// What became of the page cache.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheSummary {
+    /// Files with pages that are listed.
+    pub files: u64,
+    /// Guest pages that were handed over.
+    pub pages: u64,
+    /// Pages in memory that were left out because they are not on disk as they are.
+    pub pages_changed: u64,
+    /// Pages in memory whose place may not be named: holes, extents that are not written yet.
+    pub pages_without_place: u64,
+    /// Files that may not be named at all, by reason.
+    pub files_left_out: BTreeMap<LeftOut, u64>,
+    /// Whether files were passed over because time was up or there were too many.
+    pub cut_short: bool,
+    /// Milliseconds that it took.
+    pub milliseconds: u64,
+}
+
+/// Why no page of the cache is listed.
+#[derive(Debug, Error)]
+pub enum CacheError {
+    /// `mincore(2)` tells who may not know that everything is in memory.
+    #[error("CAP_FOWNER is missing, without which the kernel does not say which pages are in memory")]
+    NotAllowed,
+    /// A call that the kernel does not know, or refuses for each file.
+    #[error("the kernel does not {what}: {source}")]
+    Kernel {
+        /// What was asked.
+        what: &'static str,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// What went wrong: here, or with who takes the lists.
+#[derive(Debug, Error)]
+pub enum BuildError<E> {
+    /// Here; the lists are as they were.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
+    /// Who takes the lists did not.
+    #[error("{0}")]
+    Sink(E),
+}
+
+/// Lists the cached pages of the files that these servers have open, mapped or under their data directories, then of those that any
+/// other process has open or mapped. The addresses are of this process, and hold only until `sink` returns.
+///
+/// # Errors
+/// [`BuildError`].
+pub fn build<'a, E>(
+    servers: impl IntoIterator<Item = &'a MysqldProcess>,
+    rule: DiskRule,
+    mut sink: impl FnMut(&mut [UserRun]) -> Result<(), E>,
+) -> Result<CacheSummary, BuildError<E>> {
+    if !privileges::has(privileges::FOWNER) {
+        return Err(CacheError::NotAllowed.into());
+    }
+    let start = Instant::now();
+    let mut summary = CacheSummary::default();
+    let mut disks = Disks::default();
+    let flags = PageFlags::open();
+    let mut seen = HashSet::new();
+    let servers: Vec<&MysqldProcess> = servers.into_iter().collect();
+    let own = servers.iter().flat_map(|process| files_of_server(process));
+    let of_others = processes().filter(|pid| !servers.iter().any(|process| process.pid == *pid));
+    for path in own.chain(of_others.flat_map(files_of_process)) {
+        if start.elapsed() >= LONGEST || seen.len() >= MOST_FILES {
+            summary.cut_short = true;
+            break;
+        }
+        let Some((file, device)) = open_once(&path, &mut seen) else { continue };
+        let name = fs::read_link(&path).unwrap_or(path);
+        let place = match PlacedFile::of(&file, &name, device, &mut disks, rule) {
+            Ok(place) => place,
+            Err(reason) => {
+                *summary.files_left_out.entry(reason).or_default() += 1;
+                continue;
+            }
+        };
+        let mut cached = Cached { file: &file, place: &place, flags: flags.as_ref(), rule };
+        let before = summary.pages;
+        cached.list(&mut disks, &mut summary, &mut sink)?;
+        summary.files += u64::from(summary.pages > before);
+    }
+    summary.milliseconds = start.elapsed().as_millis() as u64;
+    Ok(summary)
+}
+
+/// Opens a regular file that was not seen yet and has bytes; one that cannot be opened is none.
+fn open_once(path: &Path, seen: &mut HashSet<(u64, u64)>) -> Option<(File, DeviceNumber)> {
+    let meta = fs::metadata(path).ok()?;
+    if !meta.is_file() || meta.len() == 0 || !seen.insert((meta.dev(), meta.ino())) {
+        return None;
+    }
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(path).ok()?;
+    // Another may have taken its name between the two.
+    let meta = file.metadata().ok()?;
+    meta.is_file().then(|| (file, DeviceNumber::from_st_dev(meta.dev())))
+}
+
+fn files_of_server(process: &MysqldProcess) -> impl Iterator<Item = PathBuf> + use<> {
+    let mut under = Vec::new();
+    walk(&process.data_dir(), DEEPEST, &mut under);
+    files_of_process(process.pid).chain(under)
+}
+
+fn walk(dir: &Path, deep: usize, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if found.len() >= MOST_FILES {
+            return;
+        }
+        match entry.file_type() {
+            Ok(kind) if kind.is_dir() && deep > 1 => walk(&entry.path(), deep - 1, found),
+            Ok(kind) if kind.is_file() => found.push(entry.path()),
+            _ => {}
+        }
+    }
+}
+
+fn processes() -> impl Iterator<Item = i32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
+/// Paths under `/proc` through which a process's mapped and open files can be opened, whatever root it has; of one that ends, fewer.
+fn files_of_process(pid: i32) -> impl Iterator<Item = PathBuf> {
+    let entries =
+        ["map_files", "fd"].into_iter().flat_map(move |dir| fs::read_dir(format!("/proc/{pid}/{dir}")));
+    entries.flatten().flatten().map(|entry| entry.path())
+}
+
+/// A file whose cached pages are listed.
+struct Cached<'a> {
+    file: &'a File,
+    place: &'a PlacedFile,
+    flags: Option<&'a PageFlags>,
+    rule: DiskRule,
+}
+
+impl Cached<'_> {
+    fn list<E>(
+        &mut self,
+        disks: &mut Disks,
+        summary: &mut CacheSummary,
+        sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>,
+    ) -> Result<(), BuildError<E>> {
+        // Its size now: of one that shrinks, pages behind the end are not there any more, and the kernel says so.
+        let Ok(meta) = self.file.metadata() else { return Ok(()) };
+        let mut at = 0;
+        while at < meta.len() {
+            let length = WINDOW.min(meta.len() - at);
+            let window = Window::map(self.file, at, length)
+                .map_err(|source| CacheError::Kernel { what: "map a file", source })?;
+            let mut runs = Runs::default();
+            for (first, count) in window.resident()? {
+                window.enter(first, count)?;
+                let changed = self.flags.map(|flags| flags.changed(window.page(first), count));
+                for (skip, pages) in unchanged(count, changed.as_deref()) {
+                    let (first, in_file) = (first + skip, at + ((first + skip) * PAGE_SIZE) as u64);
+                    let mut placed = 0;
+                    self.place.fit_pieces(disks, self.rule, in_file, (pages * PAGE_SIZE) as u64, |piece| {
+                        placed += u64::from(piece.pages);
+                        runs.push(FrameAddr(window.page(first)), &piece, ListKind::Read);
+                    });
+                    summary.pages += placed;
+                    summary.pages_without_place += pages as u64 - placed;
+                }
+                let of_run = changed.iter().flatten().filter(|changed| **changed).count();
+                summary.pages_changed += of_run as u64;
+            }
+            runs.hand_over(sink).map_err(BuildError::Sink)?;
+            at += length;
+        }
+        Ok(())
+    }
+}
+
+/// The stretches of a run of pages that are not changed: where each begins in it, and its pages.
+fn unchanged(count: usize, changed: Option<&[bool]>) -> Vec<(usize, usize)> {
+    match changed {
+        None => vec![(0, count)],
+        Some(changed) => stretches(changed, |changed| !changed),
+    }
+}
+
+/// Stretches of neighbours that are wanted: where each begins, and how many they are.
+fn stretches<T: Copy>(all: &[T], wanted: impl Fn(T) -> bool) -> Vec<(usize, usize)> {
+    let mut found: Vec<(usize, usize)> = Vec::new();
+    for (at, _) in all.iter().enumerate().filter(|(_, one)| wanted(**one)) {
+        match found.last_mut() {
+            Some((begin, count)) if *begin + *count == at => *count += 1,
+            _ => found.push((at, 1)),
+        }
+    }
+    found
+}
+
+/// A piece of a file in this process's address space. Its bytes are never looked at: the file may shrink at any time.
+struct Window {
+    address: *mut libc::c_void,
+    length: usize,
+}
+
+impl Window {
+    fn map(file: &File, at: u64, length: u64) -> io::Result<Self> {
+        let length = (length as usize).next_multiple_of(PAGE_SIZE);
+        // SAFETY: a new mapping at an address that the kernel chooses; it replaces none.
+        let address = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                libc::PROT_READ,
+                libc::MAP_SHARED,
+                file.as_raw_fd(),
+                at as i64,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let window = Self { address, length };
+        // So that no page is read ahead because of one that is looked at.
+        // SAFETY: the range is the mapping.
+        unsafe { libc::madvise(address, length, libc::MADV_RANDOM) };
+        Ok(window)
+    }
+
+    fn page(&self, index: usize) -> u64 {
+        (self.address as usize + index * PAGE_SIZE) as u64
+    }
+
+    /// Runs of pages that are in memory: the index of the first, and how many.
+    fn resident(&self) -> Result<Vec<(usize, usize)>, CacheError> {
+        let mut present = vec![0_u8; self.length / PAGE_SIZE];
+        // SAFETY: the range is the mapping, and the vector has a byte for each of its pages.
+        if unsafe { libc::mincore(self.address, self.length, present.as_mut_ptr()) } < 0 {
+            let source = io::Error::last_os_error();
+            return Err(CacheError::Kernel { what: "say which pages are in memory (mincore)", source });
+        }
+        Ok(stretches(&present, |present| present & 1 != 0))
+    }
+
+    /// Enters pages that are in memory into the page tables. One that has just left is read again; one behind the file's end is left out.
+    fn enter(&self, first: usize, count: usize) -> Result<(), CacheError> {
+        let address = (self.address as usize + first * PAGE_SIZE) as *mut libc::c_void;
+        // SAFETY: a part of the mapping; nothing of it is dereferenced, and the kernel answers with an error where a look would be a signal.
+        if unsafe { libc::madvise(address, count * PAGE_SIZE, POPULATE_READ) } == 0 {
+            return Ok(());
+        }
+        match io::Error::last_os_error() {
+            source if source.raw_os_error() == Some(libc::EINVAL) => {
+                Err(CacheError::Kernel { what: "enter pages into a page table (MADV_POPULATE_READ)", source })
+            }
+            // The module finds out which were entered.
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Drop for Window {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is this one's alone, and ends with it.
+        unsafe { libc::munmap(self.address, self.length) };
+    }
+}
+
+/// What the kernel says of pages.
+struct PageFlags {
+    pagemap: File,
+    flags: File,
+}
+
+impl PageFlags {
+    /// `None` where the kernel does not have it, or this process may not see it; then changed pages are found by their hash.
+    fn open() -> Option<Self> {
+        let open = |path| {
+            File::open(path)
+                .inspect_err(|error| tracing::debug!(%error, path, "changed pages are not told apart"))
+                .ok()
+        };
+        Some(Self { pagemap: open("/proc/self/pagemap")?, flags: open("/proc/kpageflags")? })
+    }
+
+    /// For each of some pages of this process whether it is not on disk as it is, as far as the kernel says.
+    fn changed(&self, address: u64, count: usize) -> Vec<bool> {
+        let mut changed = vec![false; count];
+        let entries = words(&self.pagemap, address / PAGE_SIZE as u64, count);
+        let pfns: Vec<u64> =
+            entries.iter().map(|entry| if entry & PRESENT == 0 { 0 } else { entry & PFN }).collect();
+        let mut at = 0;
+        while at < pfns.len() {
+            let neighbours =
+                1 + pfns[at..].windows(2).take_while(|pair| pair[0] != 0 && pair[1] == pair[0] + 1).count();
+            if pfns[at] != 0 {
+                let flags = words(&self.flags, pfns[at], neighbours);
+                for (changed, flags) in changed[at..].iter_mut().zip(flags) {
+                    *changed = flags & CHANGED != 0;
+                }
+            }
+            at += neighbours;
+        }
+        changed
+    }
+}
+
+/// Words of a file of `/proc` that has one for each page; fewer where there are no more.
+fn words(file: &File, first: u64, count: usize) -> Vec<u64> {
+    let mut bytes = vec![0; count * 8];
+    let read = first.checked_mul(8).and_then(|at| file.read_at(&mut bytes, at).ok()).unwrap_or(0);
+    bytes.truncate(read);
+    bytes.chunks_exact(8).filter_map(|word| u64_le(word, 0)).collect()
+}
