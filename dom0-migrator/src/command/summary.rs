@@ -232,6 +232,7 @@ impl fmt::Display for Summary {
                 lists.frames_read, lists.frames_written, lists.pool_frames_clean, lists.pool_frames
             );
             row("frames listed", frames)?;
+            row("  cached files", format!("{} pages", lists.pages_of_cached_files()))?;
         } else if let Some(problem) = &self.lists_problem {
             row("no lists", problem.clone())?;
         }

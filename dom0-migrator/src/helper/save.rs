@@ -297,11 +297,12 @@ impl Hints {
         match hints.try_take(domain, order, libraries) {
             Ok(lists) => {
                 let counts = format!(
-                    "lists of generation {}: {} pages of {} frames read and {} written, {} disks",
+                    "lists of generation {}: {} pages, of {} frames read and {} written, and {} of cached files; {} disks",
                     lists.generation,
                     lists.pages_listed,
                     lists.frames_read,
                     lists.frames_written,
+                    lists.pages_of_cached_files(),
                     hints.disks.len()
                 );
                 channel.log(Level::INFO, &counts);

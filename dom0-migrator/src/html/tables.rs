@@ -23,7 +23,7 @@ pub fn lists(report: &ReportFile) -> Markup {
         number("of these clean", "/lists/pool_frames_clean"),
         number("Frames listed: loaded by a read", "/lists/frames_read"),
         number("Frames listed: flushed since they were written", "/lists/frames_written"),
-        number("Pages listed", "/lists/pages_listed"),
+        number("Pages listed, of frames and of cached files", "/lists/pages_listed"),
         number("Runs of pages", "/lists/runs"),
         number("Runs that cannot be right, left out", "/lists/runs_refused"),
         number("Pages of the lists that could not be read", "/lists/list_pages_unreadable"),
