@@ -102,8 +102,8 @@ pub fn build<M: Memory, E>(
                         summary.pages += u64::from(piece.pages);
                         runs.push(block.frame, piece, kind);
                     }
-                    if runs.0.len() >= RUNS_AT_ONCE {
-                        summary.runs += runs.0.len() as u64;
+                    if runs.len() >= RUNS_AT_ONCE {
+                        summary.runs += runs.len() as u64;
                         failed = runs.hand_over(&mut sink).err();
                     }
                 }
@@ -117,7 +117,7 @@ pub fn build<M: Memory, E>(
     if let Some(error) = failed {
         return Err(ListError::Sink(error));
     }
-    summary.runs += runs.0.len() as u64;
+    summary.runs += runs.len() as u64;
     runs.hand_over(&mut sink).map_err(ListError::Sink)?;
     Ok(summary)
 }
@@ -181,6 +181,10 @@ impl Runs {
         if !self.0.last_mut().is_some_and(|last| try_extend(last, &run)) {
             self.0.push(run);
         }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
     }
 
     pub(crate) fn hand_over<E>(

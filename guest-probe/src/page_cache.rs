@@ -28,8 +28,12 @@ use crate::privileges;
 use crate::process::MysqldProcess;
 use crate::storage_map::{DiskRule, PlacedFile};
 
-/// Bytes of a file that are mapped at once.
+/// Bytes of a file that are mapped as one window.
 const WINDOW: u64 = 64 << 20;
+/// Windows that are mapped at once: their runs are handed over together.
+const WINDOWS_AT_ONCE: usize = 256;
+/// Runs that are handed over together at most; one window's may be some more.
+const RUNS_AT_ONCE: usize = 16_384;
 /// No more files are looked at for one answer.
 const MOST_FILES: usize = 65_536;
 /// How deep files lie under the data directory.
@@ -108,6 +112,7 @@ pub fn build<'a, E>(
     let mut disks = Disks::default();
     let flags = PageFlags::open();
     let mut seen = HashSet::new();
+    let mut batch = Batch::default();
     let servers: Vec<&MysqldProcess> = servers.into_iter().collect();
     let own = servers.iter().flat_map(|process| files_of_server(process));
     let of_others = processes().filter(|pid| !servers.iter().any(|process| process.pid == *pid));
@@ -125,11 +130,12 @@ pub fn build<'a, E>(
                 continue;
             }
         };
-        let mut cached = Cached { file: &file, place: &place, flags: flags.as_ref(), rule };
+        let cached = Cached { file: &file, place: &place, flags: flags.as_ref(), rule };
         let before = summary.pages;
-        cached.list(&mut disks, &mut summary, &mut sink)?;
+        cached.list(&mut disks, &mut summary, &mut batch, &mut sink)?;
         summary.files += u64::from(summary.pages > before);
     }
+    batch.hand_over(&mut sink)?;
     summary.milliseconds = start.elapsed().as_millis() as u64;
     Ok(summary)
 }
@@ -187,9 +193,10 @@ struct Cached<'a> {
 
 impl Cached<'_> {
     fn list<E>(
-        &mut self,
+        &self,
         disks: &mut Disks,
         summary: &mut CacheSummary,
+        batch: &mut Batch,
         sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>,
     ) -> Result<(), BuildError<E>> {
         // Its size now: of one that shrinks, pages behind the end are not there any more, and the kernel says so.
@@ -199,7 +206,6 @@ impl Cached<'_> {
             let length = WINDOW.min(meta.len() - at);
             let window = Window::map(self.file, at, length)
                 .map_err(|source| CacheError::Kernel { what: "map a file", source })?;
-            let mut runs = Runs::default();
             for (first, count) in window.resident()? {
                 window.enter(first, count)?;
                 let changed = self.flags.map(|flags| flags.changed(window.page(first), count));
@@ -208,7 +214,7 @@ impl Cached<'_> {
                     let mut placed = 0;
                     self.place.fit_pieces(disks, self.rule, in_file, (pages * PAGE_SIZE) as u64, |piece| {
                         placed += u64::from(piece.pages);
-                        runs.push(FrameAddr(window.page(first)), &piece, ListKind::Read);
+                        batch.runs.push(FrameAddr(window.page(first)), &piece, ListKind::Read);
                     });
                     summary.pages += placed;
                     summary.pages_without_place += pages as u64 - placed;
@@ -216,10 +222,31 @@ impl Cached<'_> {
                 let of_run = changed.iter().flatten().filter(|changed| **changed).count();
                 summary.pages_changed += of_run as u64;
             }
-            runs.hand_over(sink).map_err(BuildError::Sink)?;
+            batch.windows.push(window);
+            if batch.windows.len() >= WINDOWS_AT_ONCE || batch.runs.len() >= RUNS_AT_ONCE {
+                batch.hand_over(sink)?;
+            }
             at += length;
         }
         Ok(())
+    }
+}
+
+/// Runs, and the windows that their addresses are in.
+#[derive(Default)]
+struct Batch {
+    runs: Runs,
+    windows: Vec<Window>,
+}
+
+impl Batch {
+    fn hand_over<E>(
+        &mut self,
+        sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>,
+    ) -> Result<(), BuildError<E>> {
+        let handed_over = self.runs.hand_over(sink);
+        self.windows.clear();
+        handed_over.map_err(BuildError::Sink)
     }
 }
 
