@@ -70,6 +70,17 @@ pub fn text(status: &Status) -> String {
             let name = serde_json::to_value(reason).unwrap_or_default();
             text.sample("poolskip_left_out_frames", &[("reason", &name.as_str().unwrap_or_default())], count);
         }
+        if let Some(cache) = &answer.page_cache {
+            let help = "Cached guest pages of files in the last answer, by what became of them.";
+            text.family("poolskip_cached_pages", "gauge", help);
+            for (state, count) in [
+                ("listed", cache.pages),
+                ("changed", cache.pages_changed),
+                ("without_place", cache.pages_without_place),
+            ] {
+                text.sample("poolskip_cached_pages", &[("state", &state)], count);
+            }
+        }
         text.family("poolskip_answer_seconds", "gauge", "Time that the last answer took.");
         text.sample("poolskip_answer_seconds", &[], answer.milliseconds as f64 / 1e3);
     }

@@ -6,6 +6,8 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::privileges::FOWNER;
+
 /// One thing that was looked at.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Check {
@@ -109,7 +111,14 @@ fn capabilities() -> Vec<Check> {
             if good { format!("here: {purpose}") } else { format!("not here: {purpose} (run as root)") };
         Check { name, found, good: Some(good) }
     });
-    checks.chain([Check { name: "CAP_SYS_RESOURCE", found: memlock.to_owned(), good: None }]).collect()
+    let fowner = if effective >> FOWNER & 1 != 0 { "here" } else { "not here" };
+    let fowner = format!("{fowner}: lists cached pages of files, too");
+    checks
+        .chain([
+            Check { name: "CAP_SYS_RESOURCE", found: memlock.to_owned(), good: None },
+            Check { name: "CAP_FOWNER", found: fowner, good: None },
+        ])
+        .collect()
 }
 
 fn parse_capabilities(status: &str) -> u64 {
