@@ -248,3 +248,33 @@ fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
         Err(errno) => Err(errno.into()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a socket takes, as it is and once something is written to it.
+    fn before_and_after(socket: impl Into<OwnedFd>) -> (usize, usize) {
+        let socket = socket.into();
+        let before = getsockopt(&socket, sockopt::SndBuf).unwrap();
+        let output = Output::new(socket);
+        (before, getsockopt(&output.file, sockopt::SndBuf).unwrap())
+    }
+
+    #[test]
+    fn a_local_socket_takes_more_and_no_other_is_touched() {
+        let (near, _far) = UnixStream::pair().unwrap();
+        setsockopt(&near, sockopt::SndBuf, &(64 << 10)).unwrap();
+        let (before, after) = before_and_after(near);
+        assert!(after > before, "{before}, {after}");
+
+        let (near, _far) = UnixStream::pair().unwrap();
+        setsockopt(&near, sockopt::SndBuf, &SEND_BUFFER).unwrap();
+        let (before, after) = before_and_after(near);
+        assert_eq!(before, after, "it takes enough");
+
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (before, after) = before_and_after(listener);
+        assert_eq!(before, after);
+    }
+}
