@@ -2,14 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{UnixAddr, getsockname, getsockopt, setsockopt, sockopt};
 
 use super::error::{EngineError, StreamProblem};
 use super::xen_stream::{
@@ -18,9 +17,6 @@ use super::xen_stream::{
 
 /// Slices that one `writev(2)` takes at most (`IOV_MAX` of Linux).
 const MAX_SLICES: usize = 1024;
-
-/// Bytes that a socket which is written to is to take before the writer waits: each wait costs a turn of both processes.
-const SEND_BUFFER: usize = 320 << 10;
 
 /// Rings a [`Bell`]; cheap, from any thread, never blocks.
 #[derive(Clone, Debug)]
@@ -191,7 +187,6 @@ pub struct Output {
 
 impl Output {
     pub fn new(fd: OwnedFd) -> Self {
-        enlarge(&fd);
         Self { file: File::from(fd), bytes: 0 }
     }
 
@@ -231,50 +226,10 @@ impl Output {
     }
 }
 
-/// Lets a socket between two processes take more, unless it does already. One of a network is left alone: its kernel finds out what it needs.
-fn enlarge(fd: &OwnedFd) {
-    let is_local = getsockname::<UnixAddr>(fd.as_raw_fd()).is_ok();
-    if is_local && getsockopt(fd, sockopt::SndBuf).is_ok_and(|bytes| bytes < SEND_BUFFER) {
-        // More than the system's maximum is cut down to it, and less is only slower.
-        let _ = setsockopt(fd, sockopt::SndBufForce, &SEND_BUFFER)
-            .or_else(|_| setsockopt(fd, sockopt::SndBuf, &SEND_BUFFER));
-    }
-}
-
 /// For a descriptor that somebody has made non-blocking.
 fn wait_for(fd: BorrowedFd<'_>, flags: PollFlags) -> io::Result<()> {
     match poll(&mut [PollFd::new(fd, flags)], PollTimeout::NONE) {
         Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(()),
         Err(errno) => Err(errno.into()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What a socket takes, as it is and once something is written to it.
-    fn before_and_after(socket: impl Into<OwnedFd>) -> (usize, usize) {
-        let socket = socket.into();
-        let before = getsockopt(&socket, sockopt::SndBuf).unwrap();
-        let output = Output::new(socket);
-        (before, getsockopt(&output.file, sockopt::SndBuf).unwrap())
-    }
-
-    #[test]
-    fn a_local_socket_takes_more_and_no_other_is_touched() {
-        let (near, _far) = UnixStream::pair().unwrap();
-        setsockopt(&near, sockopt::SndBuf, &(64 << 10)).unwrap();
-        let (before, after) = before_and_after(near);
-        assert!(after > before, "{before}, {after}");
-
-        let (near, _far) = UnixStream::pair().unwrap();
-        setsockopt(&near, sockopt::SndBuf, &SEND_BUFFER).unwrap();
-        let (before, after) = before_and_after(near);
-        assert_eq!(before, after, "it takes enough");
-
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let (before, after) = before_and_after(listener);
-        assert_eq!(before, after);
     }
 }
