@@ -236,22 +236,6 @@ mod tests {
         assert_eq!(&*kept, b"one");
     }
 
-    #[test]
-    fn what_was_kept_is_filled_again_rather_than_taken_from_the_system() {
-        let pool = Pool::new(1);
-        pool.hold_beside(20);
-        let kept: Vec<Kept> = (0..3).map(|_| pool.take(10).keep().unwrap()).collect();
-        let lay: Vec<_> = kept.iter().map(|kept| kept.as_ptr()).collect();
-        drop(kept);
-        assert_eq!(pool.free_bytes(), 30);
-        let again: Vec<Kept> = (0..3).map(|_| pool.take(10).keep().unwrap()).collect();
-        assert!(again.iter().all(|kept| lay.contains(&kept.as_ptr())));
-        // Of what is kept there may be more, but what comes back of it stays no longer.
-        pool.hold_beside(10);
-        drop(again);
-        assert_eq!(pool.free_bytes(), 20);
-    }
-
     /// One step of those who use a pool.
     #[derive(Clone, Copy, Debug)]
     enum Step {
