@@ -28,26 +28,34 @@ struct State {
     /// The last one came back last.
     free: Vec<Memory>,
     out: usize,
+    /// Buffers' memory that there is: out, kept, or free.
+    made: usize,
     /// The longest buffer so far: all that are made after it are as long.
     longest: usize,
-    /// Bytes of free buffers beside those that may go out still.
-    spare: u64,
+    /// Bytes of memory that may be kept or free beside those that may be out.
+    beside: u64,
 }
 
 impl State {
-    /// Free buffers at most.
-    fn most_free(&self, most: usize) -> usize {
-        let spare = self.spare / self.longest.max(1) as u64;
-        most.saturating_sub(self.out).saturating_add(usize::try_from(spare).unwrap_or(usize::MAX))
+    /// Free buffers that are too many. What is kept now is likely to be free soon, and to be wanted then, so both are counted together:
+    /// memory that is let go of in between would be taken from the system, and filled with zeros there, again.
+    fn too_many(&self, most: usize) -> usize {
+        let beside = usize::try_from(self.beside / self.longest.max(1) as u64).unwrap_or(usize::MAX);
+        let taken = self.made.saturating_sub(self.free.len());
+        self.free.len().saturating_sub(most.saturating_add(beside).saturating_sub(taken))
+    }
+
+    /// Takes so many out that have been free for longest.
+    fn let_go(&mut self, count: usize) -> Vec<Memory> {
+        self.made -= count;
+        self.free.drain(..count).collect()
     }
 
     /// Takes memory back; what is too much is the caller's, to be let go of without the lock.
-    fn put(&mut self, memory: Memory, most: usize) -> Option<Memory> {
-        if memory.is_empty() || self.free.len() >= self.most_free(most) {
-            return Some(memory);
-        }
+    fn put(&mut self, memory: Memory, most: usize) -> Vec<Memory> {
         self.free.push(memory);
-        None
+        let too_many = self.too_many(most);
+        self.let_go(too_many)
     }
 }
 
@@ -80,7 +88,12 @@ struct Content {
 impl Pool {
     /// With so many buffers out at once, each taking memory only when it is first used.
     pub fn new(most: usize) -> Self {
-        let state = Mutex::default();
+        Self::with_length(most, 0)
+    }
+
+    /// The same with room for so many bytes in each from the beginning.
+    pub fn with_length(most: usize, longest: usize) -> Self {
+        let state = Mutex::new(State { longest, ..State::default() });
         Self(Arc::new(Shared { state, given_back: Condvar::new(), most: most.max(1) }))
     }
 
@@ -93,24 +106,25 @@ impl Pool {
         state.out += 1;
         state.longest = state.longest.max(length);
         let (memory, longest) = (state.free.pop(), state.longest);
+        state.made += usize::from(memory.is_none());
         // What is longer now has fewer free ones for it.
-        let excess = state.free.len().saturating_sub(state.most_free(home.most));
-        let excess: Vec<Memory> = state.free.drain(..excess).collect();
+        let too_many = state.too_many(home.most);
+        let excess = state.let_go(too_many);
         drop(state);
         drop(excess);
         let memory = memory.filter(|memory| memory.len() >= length);
-        let memory = memory.unwrap_or_else(|| Memory::zeroed(longest));
+        let memory = memory.unwrap_or_else(|| Memory::zeroed(longest.max(1)));
         let content = Arc::new(Content { memory, length, home: Arc::clone(&home) });
         Buffer { content: Some(content), home }
     }
 
-    /// Has it hold so many bytes more than those that may be out, for later; at first none.
-    pub fn hold_spare(&self, bytes: u64) {
+    /// Lets it have so many bytes of memory, kept or free for later, beside the buffers that may be out; at first none. What is kept stays, whatever is
+    /// said here.
+    pub fn hold_beside(&self, bytes: u64) {
         let mut state = self.0.lock();
-        state.spare = bytes;
-        let excess = state.free.len().saturating_sub(state.most_free(self.0.most));
-        // Those that have lain there for longest.
-        let excess: Vec<Memory> = state.free.drain(..excess).collect();
+        state.beside = bytes;
+        let too_many = state.too_many(self.0.most);
+        let excess = state.let_go(too_many);
         drop(state);
         drop(excess);
     }
@@ -165,7 +179,7 @@ impl Drop for Buffer {
         let memory = self.content.take().and_then(Arc::into_inner).map(Content::into_memory);
         let mut state = self.home.lock();
         state.out -= 1;
-        let excess = memory.and_then(|memory| state.put(memory, self.home.most));
+        let excess = memory.map(|memory| state.put(memory, self.home.most));
         drop(state);
         self.home.given_back.notify_one();
         drop(excess);
@@ -229,7 +243,7 @@ mod tests {
         Keep(usize),
         Drop(usize),
         LetGo(usize),
-        HoldSpare(u64),
+        HoldBeside(u64),
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -238,7 +252,7 @@ mod tests {
             4 => any::<usize>().prop_map(Step::Keep),
             4 => any::<usize>().prop_map(Step::Drop),
             3 => any::<usize>().prop_map(Step::LetGo),
-            1 => (0_u64..400).prop_map(Step::HoldSpare),
+            1 => (0_u64..400).prop_map(Step::HoldBeside),
         ]
     }
 
@@ -250,7 +264,7 @@ mod tests {
             let pool = Pool::new(MOST);
             let mut out: Vec<(u8, Buffer)> = Vec::new();
             let mut kept: Vec<(u8, Kept)> = Vec::new();
-            let (mut mark, mut spare, mut longest) = (0_u8, 0, 0);
+            let (mut mark, mut beside, mut longest) = (0_u8, 0, 0);
             for step in steps {
                 match step {
                     Step::Take(length) if out.len() < MOST => {
@@ -266,9 +280,9 @@ mod tests {
                     }
                     Step::Drop(which) if !out.is_empty() => drop(out.swap_remove(which % out.len())),
                     Step::LetGo(which) if !kept.is_empty() => drop(kept.swap_remove(which % kept.len())),
-                    Step::HoldSpare(bytes) => {
-                        pool.hold_spare(bytes);
-                        spare = bytes as usize;
+                    Step::HoldBeside(bytes) => {
+                        pool.hold_beside(bytes);
+                        beside = bytes as usize;
                     }
                     _ => {}
                 }
@@ -276,7 +290,10 @@ mod tests {
                 for (mark, bytes) in contents.chain(kept.iter().map(|(mark, kept)| (mark, &**kept))) {
                     prop_assert!(!bytes.is_empty() && bytes.iter().all(|byte| byte == mark));
                 }
-                prop_assert!(pool.free_bytes() <= (MOST - out.len()) * longest + spare);
+                // Memory of those that are out and kept is counted once.
+                let taken = out.iter().map(|(_, buffer)| buffer.as_ptr()).chain(kept.iter().map(|(_, kept)| kept.as_ptr()));
+                let taken = taken.collect::<std::collections::HashSet<_>>().len();
+                prop_assert!(pool.free_bytes() <= (MOST * longest + beside).saturating_sub(taken * longest));
             }
         }
     }

@@ -210,8 +210,17 @@ impl Window {
 
     /// Memory that it has taken.
     pub fn bytes(&self) -> u64 {
-        let arena = self.chunks.len() as u64 * u64::from(CHUNK_PAGES);
-        (arena + u64::from(self.whole_pages)) * PAGE as u64
+        self.arena_bytes() + self.kept_bytes()
+    }
+
+    /// Of it: the memory of copies.
+    pub fn arena_bytes(&self) -> u64 {
+        self.chunks.len() as u64 * u64::from(CHUNK_PAGES) * PAGE as u64
+    }
+
+    /// Of it: the memory of records that are kept.
+    pub fn kept_bytes(&self) -> u64 {
+        u64::from(self.whole_pages) * PAGE as u64
     }
 
     /// A record comes of which so many pages are to be retained, none of them before it: tells whether they will be kept where

@@ -50,8 +50,14 @@ impl Drop for ReadBuffer {
         if let Some(home) = self.home.take() {
             let (number, is_registered) = (self.number, self.is_registered);
             let memory = std::mem::take(&mut self.memory);
-            home.lock().free.push(Free { memory, number, is_registered });
-            home.given_back.notify_one();
+            let mut state = home.lock();
+            state.free.push(Free { memory, number, is_registered });
+            let is_waited_for = state.waiting > 0;
+            drop(state);
+            // A call of the system for each read, if nobody waits, is one too many.
+            if is_waited_for {
+                home.given_back.notify_one();
+            }
         }
     }
 }
@@ -70,6 +76,8 @@ struct State {
     free: Vec<Free>,
     /// Buffers made so far.
     made: usize,
+    /// Threads that wait for one.
+    waiting: usize,
     over: bool,
 }
 
@@ -87,7 +95,7 @@ pub(super) struct Buffers {
 impl Buffers {
     /// At most so many, of so many bytes each, numbered from `first` on.
     pub(super) fn new(first: usize, most: usize, bytes: usize) -> Arc<Self> {
-        let state = Mutex::new(State { free: Vec::new(), made: 0, over: false });
+        let state = Mutex::new(State { free: Vec::new(), made: 0, waiting: 0, over: false });
         Arc::new(Self { state, given_back: Condvar::new(), first, most, bytes })
     }
 
@@ -121,7 +129,9 @@ impl Buffers {
             if !may_wait {
                 return None;
             }
+            state.waiting += 1;
             state = self.given_back.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state.waiting -= 1;
         }
     }
 
@@ -147,6 +157,24 @@ mod tests {
         drop(last);
         assert_eq!(buffers.take(false).unwrap().number(), 9);
         assert!(buffers.fits(8192) && !buffers.fits(8193) && !Buffers::new(0, 0, 8192).fits(1));
+    }
+
+    #[test]
+    fn whoever_waits_gets_one_that_comes_back() {
+        let buffers = Buffers::new(0, 1, 4096);
+        let mut held = buffers.take(true);
+        let waiting: Vec<_> = (0..3)
+            .map(|_| {
+                let buffers = Arc::clone(&buffers);
+                std::thread::spawn(move || !buffers.take(true).unwrap().is_none())
+            })
+            .collect();
+        while buffers.lock().waiting < 3 {
+            std::thread::yield_now();
+        }
+        held.take();
+        assert!(waiting.into_iter().all(|thread| thread.join().unwrap()));
+        assert_eq!(buffers.lock().waiting, 0);
     }
 
     #[test]

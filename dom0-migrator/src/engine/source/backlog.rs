@@ -175,9 +175,10 @@ impl Filter {
     fn limit_window(&mut self) {
         let left = self.config.window_bytes.saturating_sub(self.outlet.backlog()) / PAGE as u64;
         self.window.limit(u32::try_from(left).unwrap_or(u32::MAX));
-        // What the window has room for still may lie in free buffers, so that the next record that it keeps need not be taken from the system.
-        let spare = (left * PAGE as u64).saturating_sub(self.window.bytes());
-        self.pool.hold_spare(if self.may_refer { spare } else { 0 });
+        // The records that the window keeps come back to the pool, and what it has room for still may lie in free buffers there, so that the next one
+        // that it keeps need not be taken from the system.
+        let beside = (left * PAGE as u64).saturating_sub(self.window.arena_bytes());
+        self.pool.hold_beside(if self.may_refer { beside } else { self.window.kept_bytes() });
     }
 
     /// Waits until the target has said something, or the wire has taken something.

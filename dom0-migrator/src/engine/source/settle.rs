@@ -71,7 +71,7 @@ impl Filter {
             drain.report.synced = drain.sync.is_some() && is_synced;
             self.stats.drain_seconds += elapsed;
             self.window.close();
-            self.pool.hold_spare(0);
+            self.pool.hold_beside(0);
             self.publish();
             let _ = drain.reply.send(drain.report);
         }

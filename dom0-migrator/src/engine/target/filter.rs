@@ -25,7 +25,7 @@ use crate::engine::xen_stream::{
 };
 
 /// Longest body of a record of ours.
-const MAX_PRIVATE: usize = memory_record::MAX_BODY;
+pub(super) const MAX_PRIVATE: usize = memory_record::MAX_BODY;
 const _: () = assert!(late_writes::MAX_BODY <= MAX_PRIVATE);
 
 /// Where the stream is.

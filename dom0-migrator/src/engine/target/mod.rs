@@ -40,7 +40,7 @@ use super::outlet::Outlet;
 use super::pfn_hash::PfnMap;
 use super::pool::Pool;
 use super::summary::{TargetStats, TargetSummary};
-use filter::{AsTheyAre, Filter, Phase};
+use filter::{AsTheyAre, Filter, MAX_PRIVATE, Phase};
 use side::Side;
 
 /// Records of 4 MiB on their way through the filter at once.
@@ -101,7 +101,7 @@ impl TargetFilter {
             Input::with_beginning(from_wire, beginning),
             (ringer.clone(), bell),
             Arc::clone(&aborted),
-            Pool::new(BUFFERS),
+            Pool::with_length(BUFFERS, MAX_PRIVATE),
             never(),
             AsTheyAre,
         )
