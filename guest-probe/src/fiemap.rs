@@ -194,6 +194,13 @@ impl ExtentMap {
         }
     }
 
+    /// Where the next byte at or behind `logical` is that may be named.
+    pub fn next_fit(&self, logical: u64) -> Option<u64> {
+        let first = self.extents.partition_point(|placed| placed.extent.end() <= logical);
+        let placed = self.extents.get(first..)?.iter().find(|placed| placed.unfit.is_none())?;
+        Some(placed.extent.logical.max(logical))
+    }
+
     /// Pieces in all.
     pub fn len(&self) -> usize {
         self.extents.len()

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use enlightenment::device::UserRun;
 use enlightenment::{ListKind, PAGE_SIZE};
+use procfs::process::Process;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -116,10 +117,13 @@ pub fn build<'a, E>(
     let servers: Vec<&MysqldProcess> = servers.into_iter().collect();
     let own = servers.iter().flat_map(|process| files_of_server(process));
     let of_others = processes().filter(|pid| !servers.iter().any(|process| process.pid == *pid));
-    for path in own.chain(of_others.flat_map(files_of_process)) {
+    for Candidate { path, id } in own.chain(of_others.flat_map(files_of_process)) {
         if start.elapsed() >= LONGEST || seen.len() >= MOST_FILES {
             summary.cut_short = true;
             break;
+        }
+        if id.is_some_and(|id| seen.contains(&id)) {
+            continue;
         }
         let Some((file, device)) = open_once(&path, &mut seen) else { continue };
         let name = fs::read_link(&path).unwrap_or(path);
@@ -130,7 +134,7 @@ pub fn build<'a, E>(
                 continue;
             }
         };
-        let cached = Cached { file: &file, place: &place, flags: flags.as_ref(), rule };
+        let cached = Cached { file: &file, place: &place, flags: flags.as_ref(), rule, start };
         let before = summary.pages;
         cached.list(&mut disks, &mut summary, &mut batch, &mut sink)?;
         summary.files += u64::from(summary.pages > before);
@@ -152,9 +156,18 @@ fn open_once(path: &Path, seen: &mut HashSet<(u64, u64)>) -> Option<(File, Devic
     meta.is_file().then(|| (file, DeviceNumber::from_st_dev(meta.dev())))
 }
 
-fn files_of_server(process: &MysqldProcess) -> impl Iterator<Item = PathBuf> + use<> {
+/// A file that may have cached pages.
+struct Candidate {
+    /// A path through which it can be opened.
+    path: PathBuf,
+    /// Device and inode, where they are known without asking its file system.
+    id: Option<(u64, u64)>,
+}
+
+fn files_of_server(process: &MysqldProcess) -> impl Iterator<Item = Candidate> + use<> {
     let mut under = Vec::new();
     walk(&process.data_dir(), DEEPEST, &mut under);
+    let under = under.into_iter().map(|path| Candidate { path, id: None });
     files_of_process(process.pid).chain(under)
 }
 
@@ -176,11 +189,39 @@ fn processes() -> impl Iterator<Item = i32> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
-/// Paths under `/proc` through which a process's mapped and open files can be opened, whatever root it has; of one that ends, fewer.
-fn files_of_process(pid: i32) -> impl Iterator<Item = PathBuf> {
-    let entries =
-        ["map_files", "fd"].into_iter().flat_map(move |dir| fs::read_dir(format!("/proc/{pid}/{dir}")));
-    entries.flatten().flatten().map(|entry| entry.path())
+/// A process's mapped and open files, by paths under `/proc` through which they can be opened whatever root it has; of one that ends,
+/// fewer. Only those of file systems on a block device: to ask another for a file may take as long as its server is away.
+fn files_of_process(pid: i32) -> impl Iterator<Item = Candidate> {
+    let process = Process::new(pid).ok();
+    let maps = process.as_ref().and_then(|process| process.maps().ok());
+    let mapped = maps.into_iter().flatten().filter(|map| map.dev.0 > 0 && map.inode > 0).map(move |map| {
+        let (begin, end) = map.address;
+        let device = libc::makedev(map.dev.0 as u32, map.dev.1 as u32);
+        Candidate {
+            path: format!("/proc/{pid}/map_files/{begin:x}-{end:x}").into(),
+            id: Some((device, map.inode)),
+        }
+    });
+    let mounts = process.as_ref().and_then(|process| process.mountinfo().ok());
+    let on_devices: HashSet<i32> = mounts
+        .into_iter()
+        .flatten()
+        .filter(|mount| !mount.majmin.starts_with("0:"))
+        .map(|mount| mount.mnt_id)
+        .collect();
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let open = open.filter(move |entry| {
+        let number = entry.file_name();
+        let info =
+            fs::read_to_string(Path::new(&format!("/proc/{pid}/fdinfo")).join(number)).unwrap_or_default();
+        mount_of(&info).is_some_and(|mount| on_devices.contains(&mount))
+    });
+    mapped.chain(open.map(|entry| Candidate { path: entry.path(), id: None }))
+}
+
+/// The mount of an open file, as its `fdinfo` has it.
+fn mount_of(info: &str) -> Option<i32> {
+    info.lines().find_map(|line| line.strip_prefix("mnt_id:"))?.trim().parse().ok()
 }
 
 /// A file whose cached pages are listed.
@@ -189,6 +230,8 @@ struct Cached<'a> {
     place: &'a PlacedFile,
     flags: Option<&'a PageFlags>,
     rule: DiskRule,
+    /// When the first file was looked at.
+    start: Instant,
 }
 
 impl Cached<'_> {
@@ -202,7 +245,13 @@ impl Cached<'_> {
         // Its size now: of one that shrinks, pages behind the end are not there any more, and the kernel says so.
         let Ok(meta) = self.file.metadata() else { return Ok(()) };
         let mut at = 0;
-        while at < meta.len() {
+        // A file can be nearly endless and have few bytes: holes are passed over.
+        while let Some(next) = self.place.next_fit(at).filter(|next| *next < meta.len()) {
+            if self.start.elapsed() >= LONGEST {
+                summary.cut_short = true;
+                break;
+            }
+            at = next / PAGE_SIZE as u64 * PAGE_SIZE as u64;
             let length = WINDOW.min(meta.len() - at);
             let window = Window::map(self.file, at, length)
                 .map_err(|source| CacheError::Kernel { what: "map a file", source })?;
@@ -384,4 +433,32 @@ fn words(file: &File, first: u64, count: usize) -> Vec<u64> {
     let read = first.checked_mul(8).and_then(|at| file.read_at(&mut bytes, at).ok()).unwrap_or(0);
     bytes.truncate(read);
     bytes.chunks_exact(8).filter_map(|word| u64_le(word, 0)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stretches_are_neighbours() {
+        assert_eq!(stretches(&[1, 1, 0, 1, 0, 0, 1], |one| one == 1), [(0, 2), (3, 1), (6, 1)]);
+        assert_eq!(stretches(&[0_u8; 3], |one| one == 1), []);
+        assert_eq!(unchanged(4, None), [(0, 4)]);
+        assert_eq!(unchanged(4, Some(&[false, true, false, false])), [(0, 1), (2, 2)]);
+    }
+
+    #[test]
+    fn the_mount_of_an_open_file_is_read() {
+        assert_eq!(mount_of("pos:\t0\nflags:\t0100002\nmnt_id:\t29\nino:\t7\n"), Some(29));
+        assert_eq!(mount_of("pos:\t0\n"), None);
+        assert_eq!(mount_of("mnt_id:\tmany\n"), None);
+    }
+
+    #[test]
+    fn this_programs_own_file_is_among_its_files() {
+        let own = std::fs::metadata(std::env::current_exe().unwrap()).unwrap();
+        let mut found = files_of_process(std::process::id() as i32);
+        let on_a_device = libc::major(own.dev()) > 0;
+        assert_eq!(found.any(|candidate| candidate.id == Some((own.dev(), own.ino()))), on_a_device);
+    }
 }

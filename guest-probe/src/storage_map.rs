@@ -70,6 +70,11 @@ impl PlacedFile {
         Ok(Self { extents, device })
     }
 
+    /// Where the next byte at or behind `in_file` is whose place may be named.
+    pub fn next_fit(&self, in_file: u64) -> Option<u64> {
+        self.extents.next_fit(in_file)
+    }
+
     /// Hands out the whole guest pages of a range of the file (at most 256 MiB, that [`DiskPiece::pages`] can count them) whose places may be named.
     pub fn fit_pieces(
         &self,
