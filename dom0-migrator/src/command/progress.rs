@@ -105,13 +105,7 @@ impl Progress {
             Form::Lines if status.round > 0 => {
                 let is_new = status.round != self.round;
                 if is_new || status.seconds - self.line_at >= LINE_SECONDS {
-                    let percent = status.done * 100 / status.total.max(1);
-                    eprintln!(
-                        "{:>5.0} s  {percent:>3} % of {} pages  {}",
-                        status.seconds,
-                        status.total,
-                        words(status)
-                    );
+                    eprintln!("{}", line(status));
                     self.line_at = status.seconds;
                 }
             }
@@ -150,6 +144,17 @@ pub fn show_summary(form: Form, summary: &(impl std::fmt::Display + serde::Seria
         Form::Json => writeln!(stdout, "{}", json!({"event": "summary", "summary": summary})),
         _ => write!(stdout, "{summary}"),
     };
+}
+
+/// A line for people. Of a pass whose pages nobody has counted yet, as the one that compares all memory before it has begun, no share can be said.
+fn line(status: &Status) -> String {
+    let Status { seconds, done, total, .. } = *status;
+    let far = match (done, total) {
+        (0, 0) => "pages not counted yet".to_owned(),
+        (done, 0) => format!("{done} pages"),
+        (done, total) => format!("{:>3} % of {total} pages", done.min(total) * 100 / total),
+    };
+    format!("{seconds:>5.0} s  {far}  {}", words(status))
 }
 
 /// For people.
@@ -213,6 +218,17 @@ mod tests {
         let words = words(&status(Remaining::AtLeast(130.0)));
         for part in ["pass 2", "1.5 MB/s", "2 MiB in the window", "3 min left at least"] {
             assert!(words.contains(part), "{words}");
+        }
+    }
+
+    #[test]
+    fn a_pass_that_nobody_has_counted_has_no_share() {
+        let line = |done, total| line(&Status { done, total, ..status(Remaining::Unknown) });
+        assert!(line(10, 40).starts_with("    5 s   25 % of 40 pages  pass 2, "), "{}", line(10, 40));
+        assert!(line(0, 40).contains("  0 % of 40 pages"), "{}", line(0, 40));
+        for (uncounted, known) in [(line(0, 0), "pages not counted yet"), (line(7, 0), "7 pages")] {
+            assert!(uncounted.contains(known) && !uncounted.contains('%'), "{uncounted}");
+            assert!(uncounted.ends_with("time left unknown"), "{uncounted}");
         }
     }
 

@@ -315,6 +315,12 @@ mod tests {
         fake.pages.insert(201, index(3, 200, &[302]));
         assert!(matches!(walk(&mut fake, Pfn(100)), Err(WalkError::Chain { expected: 2 })));
         assert!(fake.reads < 20);
+        // Of pages that name no leaf, so that these never become too many.
+        let mut fake = lists();
+        fake.pages.insert(100, root(3, 2, 2, 3));
+        fake.pages.insert(201, index(3, 201, &[]));
+        assert!(matches!(walk(&mut fake, Pfn(100)), Err(WalkError::Chain { expected: 2 })));
+        assert!(fake.reads < 20);
     }
 
     #[test]
