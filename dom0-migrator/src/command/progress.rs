@@ -67,7 +67,7 @@ impl Progress {
         };
         let bar = (form == Form::Bar).then(|| {
             let bar = ProgressBar::new(0);
-            let style = ProgressStyle::with_template("{prefix}  {bar:24} {percent:>3} %  {msg}  {elapsed}");
+            let style = ProgressStyle::with_template("{prefix}  {bar:24} {msg}  {elapsed}");
             if let Ok(style) = style {
                 bar.set_style(style);
             }
@@ -97,9 +97,10 @@ impl Progress {
     /// It is this far.
     pub fn status(&mut self, status: &Status) {
         if let Some(bar) = &self.bar {
-            bar.set_length(status.total);
-            bar.set_position(status.done);
-            bar.set_message(words(status));
+            // One of length 0 would be drawn as done.
+            bar.set_length(status.total.max(1));
+            bar.set_position(status.done.min(status.total));
+            bar.set_message(bar_words(status));
         }
         match self.form {
             Form::Lines if status.round > 0 => {
@@ -146,15 +147,33 @@ pub fn show_summary(form: Form, summary: &(impl std::fmt::Display + serde::Seria
     };
 }
 
-/// A line for people. Of a pass whose pages nobody has counted yet, as the one that compares all memory before it has begun, no share can be said.
+/// How much of the pass is done, in hundredths. None: nobody has counted its pages yet, as those of the last pass before it has begun.
+fn percent(status: &Status) -> Option<u64> {
+    let done = status.done.min(status.total);
+    done.saturating_mul(100).checked_div(status.total)
+}
+
+/// What is known of a pass whose pages nobody has counted.
+fn uncounted(status: &Status) -> String {
+    match status.done {
+        0 => "pages not counted yet".to_owned(),
+        done => format!("{done} pages, not counted yet of how many"),
+    }
+}
+
+/// A line for people.
 fn line(status: &Status) -> String {
-    let Status { seconds, done, total, .. } = *status;
-    let far = match (done, total) {
-        (0, 0) => "pages not counted yet".to_owned(),
-        (done, 0) => format!("{done} pages"),
-        (done, total) => format!("{:>3} % of {total} pages", done.min(total) * 100 / total),
-    };
-    format!("{seconds:>5.0} s  {far}  {}", words(status))
+    let far = percent(status).map_or_else(
+        || uncounted(status),
+        |percent| format!("{percent:>3} % of {} pages", status.total),
+    );
+    format!("{:>5.0} s  {far}  {}", status.seconds, words(status))
+}
+
+/// What stands beside the bar.
+fn bar_words(status: &Status) -> String {
+    let far = percent(status).map_or_else(|| uncounted(status), |percent| format!("{percent:>3} %"));
+    format!("{far}  {}", words(status))
 }
 
 /// For people.
@@ -230,6 +249,9 @@ mod tests {
             assert!(uncounted.contains(known) && !uncounted.contains('%'), "{uncounted}");
             assert!(uncounted.ends_with("time left unknown"), "{uncounted}");
         }
+        let beside = |total| bar_words(&Status { total, ..status(Remaining::Unknown) });
+        assert!(beside(40).starts_with(" 25 %  pass 2, "), "{}", beside(40));
+        assert!(beside(0).starts_with("10 pages") && !beside(0).contains('%'), "{}", beside(0));
     }
 
     #[test]
