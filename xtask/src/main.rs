@@ -20,6 +20,7 @@ mod migration;
 mod module_test;
 mod mysql;
 mod package;
+mod partition;
 mod plot;
 mod proof;
 mod setup;

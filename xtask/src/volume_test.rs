@@ -1,16 +1,16 @@
 //! The storage map on volumes of the device mapper: in Debian's kernel under plain QEMU, since not every machine's own kernel has one.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::cpio::Archive;
 use crate::deployment::{cargo, target_directory};
 use crate::lab::{Flavour, Kernel};
 use crate::module_test::{judge, machine};
+use crate::partition::partition;
 use crate::step::{run as run_program, step};
 
 /// The program (`tests/src/bin`).
@@ -22,8 +22,8 @@ const TOOLS: [(&str, &str); 3] =
 const LOADER: &str = "/lib64/ld-linux-x86-64.so.2";
 /// Bytes in each disk; it is sparse.
 const DISK_BYTES: u64 = 128 << 20;
-/// Where the first disk's partition begins, in sectors: at an odd multiple of 4 KiB, so that an offset that is forgotten is noticed.
-const PARTITION_START: u64 = 4104;
+/// Where the first disk's partition begins: at an odd multiple of 4 KiB, so that an offset that is forgotten is noticed.
+const PARTITION_OFFSET: u64 = 4104 * 512;
 
 /// Boots the lab's kernel with the test program and two disks, and prints a line a case.
 ///
@@ -38,7 +38,7 @@ pub fn run() -> Result<()> {
     for disk in &disks {
         File::create(disk)?.set_len(DISK_BYTES)?;
     }
-    partition(&disks[0])?;
+    partition(&disks[0], PARTITION_OFFSET, "8e")?;
     let initrd = work.path().join("initrd.img");
     fs::write(&initrd, initramfs(work.path(), &program, &modules)?)?;
     let lines = step(&format!("volumes on Linux {}", kernel.release), || {
@@ -52,21 +52,6 @@ fn build_program() -> Result<PathBuf> {
     let bin = format!("--bin={PROGRAM}");
     run_program(cargo().args(["build", "--quiet", "--locked", "--package=tests", &bin]))?;
     Ok(target_directory()?.join("debug").join(PROGRAM))
-}
-
-fn partition(disk: &Path) -> Result<()> {
-    let mut sfdisk = Command::new("sfdisk")
-        .args(["--quiet", "--label", "dos"])
-        .arg(disk)
-        .stdin(Stdio::piped())
-        .spawn()
-        .context("cannot start sfdisk (package fdisk)")?;
-    let mut input = sfdisk.stdin.take().context("sfdisk has no input")?;
-    writeln!(input, "start={PARTITION_START}, type=8e")?;
-    drop(input);
-    let status = sfdisk.wait()?;
-    ensure!(status.success(), "sfdisk ended with {status}");
-    Ok(())
 }
 
 fn initramfs(work: &Path, program: &Path, modules: &Path) -> Result<Vec<u8>> {

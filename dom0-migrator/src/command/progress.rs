@@ -67,7 +67,7 @@ impl Progress {
         };
         let bar = (form == Form::Bar).then(|| {
             let bar = ProgressBar::new(0);
-            let style = ProgressStyle::with_template("{prefix}  {bar:24} {percent:>3} %  {msg}  {elapsed}");
+            let style = ProgressStyle::with_template("{prefix}  {bar:24} {msg}  {elapsed}");
             if let Ok(style) = style {
                 bar.set_style(style);
             }
@@ -97,21 +97,16 @@ impl Progress {
     /// It is this far.
     pub fn status(&mut self, status: &Status) {
         if let Some(bar) = &self.bar {
-            bar.set_length(status.total);
-            bar.set_position(status.done);
-            bar.set_message(words(status));
+            // One of length 0 would be drawn as done.
+            bar.set_length(status.total.max(1));
+            bar.set_position(status.done.min(status.total));
+            bar.set_message(bar_words(status));
         }
         match self.form {
             Form::Lines if status.round > 0 => {
                 let is_new = status.round != self.round;
                 if is_new || status.seconds - self.line_at >= LINE_SECONDS {
-                    let percent = status.done * 100 / status.total.max(1);
-                    eprintln!(
-                        "{:>5.0} s  {percent:>3} % of {} pages  {}",
-                        status.seconds,
-                        status.total,
-                        words(status)
-                    );
+                    eprintln!("{}", line(status));
                     self.line_at = status.seconds;
                 }
             }
@@ -150,6 +145,35 @@ pub fn show_summary(form: Form, summary: &(impl std::fmt::Display + serde::Seria
         Form::Json => writeln!(stdout, "{}", json!({"event": "summary", "summary": summary})),
         _ => write!(stdout, "{summary}"),
     };
+}
+
+/// How much of the pass is done, in hundredths. None: nobody has counted its pages yet, as those of the last pass before it has begun.
+fn percent(status: &Status) -> Option<u64> {
+    let done = status.done.min(status.total);
+    done.saturating_mul(100).checked_div(status.total)
+}
+
+/// What is known of a pass whose pages nobody has counted.
+fn uncounted(status: &Status) -> String {
+    match status.done {
+        0 => "pages not counted yet".to_owned(),
+        done => format!("{done} pages, not counted yet of how many"),
+    }
+}
+
+/// A line for people.
+fn line(status: &Status) -> String {
+    let far = percent(status).map_or_else(
+        || uncounted(status),
+        |percent| format!("{percent:>3} % of {} pages", status.total),
+    );
+    format!("{:>5.0} s  {far}  {}", status.seconds, words(status))
+}
+
+/// What stands beside the bar.
+fn bar_words(status: &Status) -> String {
+    let far = percent(status).map_or_else(|| uncounted(status), |percent| format!("{percent:>3} %"));
+    format!("{far}  {}", words(status))
 }
 
 /// For people.
@@ -214,6 +238,20 @@ mod tests {
         for part in ["pass 2", "1.5 MB/s", "2 MiB in the window", "3 min left at least"] {
             assert!(words.contains(part), "{words}");
         }
+    }
+
+    #[test]
+    fn a_pass_that_nobody_has_counted_has_no_share() {
+        let line = |done, total| line(&Status { done, total, ..status(Remaining::Unknown) });
+        assert!(line(10, 40).starts_with("    5 s   25 % of 40 pages  pass 2, "), "{}", line(10, 40));
+        assert!(line(0, 40).contains("  0 % of 40 pages"), "{}", line(0, 40));
+        for (uncounted, known) in [(line(0, 0), "pages not counted yet"), (line(7, 0), "7 pages")] {
+            assert!(uncounted.contains(known) && !uncounted.contains('%'), "{uncounted}");
+            assert!(uncounted.ends_with("time left unknown"), "{uncounted}");
+        }
+        let beside = |total| bar_words(&Status { total, ..status(Remaining::Unknown) });
+        assert!(beside(40).starts_with(" 25 %  pass 2, "), "{}", beside(40));
+        assert!(beside(0).starts_with("10 pages") && !beside(0).contains('%'), "{}", beside(0));
     }
 
     #[test]

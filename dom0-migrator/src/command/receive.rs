@@ -554,3 +554,19 @@ fn stream_and_side(partners: &Receiver<Partner>, blocks: Option<u16>) -> Result<
     };
     Ok((stream, side.ok_or_else(lost)?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_helper_of_another_version_is_not_begun() {
+        for other in [STREAM_VERSION - 1, STREAM_VERSION + 1, u16::MAX] {
+            let why = stock_because(other).unwrap();
+            assert!(why.contains(&format!("speaks version {other}, the target's {STREAM_VERSION}")), "{why}");
+        }
+        // What else there may be, on a machine without Xen, is no question of versions.
+        let same = stock_because(STREAM_VERSION);
+        assert!(!same.as_ref().is_some_and(|why| why.contains("speaks version")), "{same:?}");
+    }
+}

@@ -68,7 +68,8 @@ impl Estimator {
 
     /// What can be said now.
     pub fn remaining(&self, now: f64) -> Remaining {
-        let Some(rate) = self.rate(now) else { return Remaining::Unknown };
+        // Of a pass whose pages nobody has counted, nobody knows how many are left.
+        let Some(rate) = self.rate(now).filter(|_| self.total > 0) else { return Remaining::Unknown };
         let left = self.total.saturating_sub(self.done) as f64 / rate;
         let Some(dirty_rate) = self.dirty_rate else { return Remaining::AtLeast(left) };
         // Each pass after this one sends what became dirty during the one before it.
@@ -155,6 +156,15 @@ mod tests {
         estimator.progress(61.0, 100, 1000);
         estimator.progress(64.0, 400, 1000);
         assert!(matches!(estimator.remaining(64.0), Remaining::AtLeast(_)));
+    }
+
+    #[test]
+    fn a_pass_that_nobody_has_counted_is_not_foretold() {
+        let mut estimator = Estimator::default();
+        estimator.round(0.0, 7, None);
+        estimator.progress(0.0, 0, 0);
+        estimator.progress(5.0, 500, 0);
+        assert_eq!(estimator.remaining(5.0), Remaining::Unknown);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// The counters that a filter publishes between records.
 #[derive(Debug, Default)]
-pub struct Watch<T>(pub(super) Arc<Mutex<T>>);
+pub struct Watch<T>(pub(crate) Arc<Mutex<T>>);
 
 impl<T: Clone> Watch<T> {
     /// The counters as they are now; those at the end, once the filter has ended.

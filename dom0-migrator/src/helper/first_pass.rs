@@ -1,4 +1,4 @@
-//! How far the first pass is, in pages that there are.
+//! How far a pass over all memory is, in pages that there are: the first one, and the one that compares all memory.
 //!
 //! libxenguest counts guest frame numbers, and those of a PVH guest have large holes: a guest of 640 MiB has numbers for almost 4 GiB.
 //! A hole travels as one marker for many numbers, in next to no time; who counted it as pages would foretell a migration of many times
@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use crate::engine::{SourceStats, Watch};
 
-/// Counts the first pass.
+/// Counts the passes over all memory.
 #[derive(Debug, Default)]
 pub struct FirstPass(OnceLock<Counted>);
 
@@ -32,7 +32,11 @@ impl FirstPass {
             Some(counted) if round <= 1 => {
                 counted_pages((done, total), counted.filter.look().pages_in, counted.populated)
             }
-            _ => (done, total),
+            // A later pass has no more numbers than there are pages, but for the one that compares all memory, whose numbers have the same holes.
+            Some(counted) => {
+                counted_pages((done, total), counted.filter.look().pages_verified, counted.populated)
+            }
+            None => (done, total),
         }
     }
 }
@@ -50,6 +54,8 @@ fn counted_pages((done, total): (u64, u64), came: u64, populated: u64) -> (u64, 
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
     use super::*;
 
     #[test]
@@ -73,5 +79,16 @@ mod tests {
         pass.begin(163_840, Watch::default());
         assert_eq!(pass.count(1, 5, 1_044_480), (0, 163_840));
         assert_eq!(pass.count(2, 5, 70), (5, 70));
+    }
+
+    #[test]
+    fn holes_are_no_pages_when_all_memory_is_compared() {
+        let (pass, filter) = (FirstPass::default(), Arc::new(Mutex::new(SourceStats::default())));
+        pass.begin(163_840, Watch(Arc::clone(&filter)));
+        // The guest's pages have all been sent, and half of them a second time.
+        *filter.lock().unwrap() =
+            SourceStats { pages_in: 170_000, pages_verified: 81_920, ..SourceStats::default() };
+        assert_eq!(pass.count(7, 500_000, 1_044_480), (81_920, 163_840));
+        assert_eq!(pass.count(7, 1_044_480, 1_044_480), (163_840, 163_840));
     }
 }

@@ -315,6 +315,12 @@ mod tests {
         fake.pages.insert(201, index(3, 200, &[302]));
         assert!(matches!(walk(&mut fake, Pfn(100)), Err(WalkError::Chain { expected: 2 })));
         assert!(fake.reads < 20);
+        // Of pages that name no leaf, so that these never become too many.
+        let mut fake = lists();
+        fake.pages.insert(100, root(3, 2, 2, 3));
+        fake.pages.insert(201, index(3, 201, &[]));
+        assert!(matches!(walk(&mut fake, Pfn(100)), Err(WalkError::Chain { expected: 2 })));
+        assert!(fake.reads < 20);
     }
 
     #[test]
@@ -337,6 +343,42 @@ mod tests {
         fake.later = Some((3, publish_two_more));
         let walked = walk(&mut fake, Pfn(100)).unwrap();
         assert_eq!((walked.slot.generation, walked.map.len(), walked.retries), (5, 2, 1));
+    }
+
+    /// A guest that publishes whenever it is looked at.
+    #[test]
+    fn a_guest_that_never_rests_is_given_up() {
+        struct Restless {
+            generation: u64,
+            roots: u32,
+        }
+        impl GuestMemory for Restless {
+            fn last_pfn(&self) -> Pfn {
+                LAST
+            }
+            fn pages(&mut self, pfns: &[Pfn]) -> io::Result<Vec<Option<Box<[u8]>>>> {
+                assert!(self.roots < 100, "the reading never ends");
+                if pfns.contains(&Pfn(100)) {
+                    self.roots += 1;
+                    self.generation += 2;
+                }
+                Ok(pfns.iter().map(|_| Some(root(self.generation, 0, 0, 0))).collect())
+            }
+        }
+        let mut restless = Restless { generation: 1, roots: 0 };
+        assert!(matches!(walk(&mut restless, Pfn(100)), Err(WalkError::Restless)));
+        assert_eq!(restless.roots, 2 * (RETRIES + 1));
+    }
+
+    #[test]
+    fn lists_of_another_abi_or_page_size_are_none() {
+        for (at, value) in [(8, ABI_VERSION + 1), (8, 0), (12, 2 * PAGE_SIZE as u32)] {
+            let mut fake = lists();
+            put32(fake.pages.get_mut(&100).unwrap(), at, value);
+            let walked = walk(&mut fake, Pfn(100));
+            assert!(matches!(walked, Err(WalkError::Page { what: "root page", pfn: 100, .. })), "{walked:?}");
+            assert_eq!(fake.reads, 1);
+        }
     }
 
     #[test]

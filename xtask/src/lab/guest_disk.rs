@@ -1,17 +1,17 @@
 //! The guest's disk, which both hosts see: one partition with the root and the data directory of a MySQL server that sysbench has filled.
 
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use super::GuestSize;
 use super::dom0::{finish_root, install};
 use crate::apt::{Area, unpack};
 use crate::cache::{self, Key};
 use crate::mysql;
+use crate::partition::partition;
 use crate::step::{run, step};
 
 /// Where its partition begins.
@@ -101,7 +101,7 @@ pub(super) fn write_disk(root: &Path, image: &Path, disk_bytes: u64, fill: &str)
     let file = File::create(image).with_context(|| format!("cannot write {}", image.display()))?;
     file.set_len(disk_bytes)?;
     drop(file);
-    partition(image)?;
+    partition(image, PARTITION_OFFSET, "83")?;
     let blocks_kib = (disk_bytes - PARTITION_OFFSET) >> 10;
     run(Command::new("mke2fs")
         .args(["-q", "-F", "-t", "ext4", "-L", "db1"])
@@ -112,25 +112,5 @@ pub(super) fn write_disk(root: &Path, image: &Path, disk_bytes: u64, fill: &str)
     fs::write(&script, fill)?;
     run(contained().arg("bash").arg(&script).arg(image).arg(PARTITION_OFFSET.to_string()).arg(root))?;
     fs::remove_file(&script)?;
-    Ok(())
-}
-
-/// Gives an image its one partition.
-///
-/// # Errors
-/// When sfdisk fails.
-fn partition(image: &Path) -> Result<()> {
-    let mut sfdisk = Command::new("sfdisk")
-        .args(["--quiet", "--no-reread", "--no-tell-kernel"])
-        .arg(image)
-        .stdin(Stdio::piped())
-        .spawn()
-        .context("cannot start sfdisk")?;
-    let table = format!("label: dos\nstart={}, type=83\n", PARTITION_OFFSET / 512);
-    sfdisk.stdin.take().context("sfdisk has no input")?.write_all(table.as_bytes())?;
-    let status = sfdisk.wait()?;
-    if !status.success() {
-        bail!("sfdisk cannot partition {}: {status}", image.display());
-    }
     Ok(())
 }

@@ -207,6 +207,35 @@ mod tests {
         assert_eq!(taken, [(16..32).collect::<Vec<_>>(), (32..40).collect()]);
     }
 
+    /// References between which one was refused, or that are of two disks, keep their own numbers and disks though their places follow each other.
+    #[test]
+    fn what_has_a_gap_in_its_numbers_waits_apart() {
+        let page = |page: u64| page * PAGE as u64;
+        let keys = [(0, 0, 10), (0, 1, 12), (0, 2, 13), (1, 3, 14)].map(|(disk, place, number)| Key {
+            disk,
+            offset: page(place),
+            number,
+        });
+        let waiting = || {
+            let mut queue = Queue::default();
+            let references = keys.into_iter().map(|key| (key, Wanted { pfn: key.number, hash: [0; 16] }));
+            runs(references, BOUNDS).into_iter().for_each(|run| queue.push(run));
+            queue
+        };
+        let mut queue = waiting();
+        let taken: Vec<_> = std::iter::from_fn(|| queue.next_job(BOUNDS)).collect();
+        let found: Vec<_> =
+            taken.iter().flat_map(|job| &job.wanted).map(|(key, it)| (*key, it.pfn)).collect();
+        assert_eq!(found, keys.map(|key| (key, key.number)));
+        assert_eq!(taken.len(), 2);
+        let mut queue = waiting();
+        for key in keys {
+            assert!(queue.remove(&Key { number: 11, ..key }).is_none());
+            assert_eq!(queue.remove(&key).map(|wanted| wanted.pfn), Some(key.number));
+        }
+        assert!(queue.is_empty() && queue.by_place.is_empty());
+    }
+
     /// A source that replaces its references faster than disks are read takes no memory by it.
     #[test]
     fn what_is_replaced_over_and_over_takes_no_memory() {

@@ -379,6 +379,58 @@ fn an_abort_ends_a_waiting_filter_and_its_drain() {
     assert!(matches!(source.finish(), Err(EngineError::Aborted)));
 }
 
+/// More than a socket holds, in few enough records behind it, so that what a filter has sent off last waits when it has seen END.
+fn long_stream() -> Vec<u8> {
+    let mut stream = beginning();
+    stream.extend(page_data(&(0..256).map(|pfn| Sent::page(pfn, other_page(pfn))).collect::<Vec<_>>()));
+    stream.extend(record(kinds::END, &[]));
+    stream
+}
+
+/// Waits until a filter has read so much.
+fn until_read(bytes: usize, bytes_in: impl Fn() -> u64) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while bytes_in() < bytes as u64 {
+        assert!(Instant::now() < deadline, "{} of {bytes}", bytes_in());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A filter has seen END, and whoever is behind it is gone before it has all: that is no success.
+#[test]
+fn what_was_sent_off_last_and_is_not_taken_is_an_error_on_either_side() {
+    let stream = long_stream();
+    let [save, wire] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+    let source = SourceFilter::start(SourceParts {
+        from_save: OwnedFd::from(save.1),
+        to_wire: OwnedFd::from(wire.0),
+        side: None,
+        map: map([]),
+        disks: Vec::new(),
+        config: config(),
+    })
+    .unwrap();
+    (&save.0).write_all(&stream).unwrap();
+    until_read(stream.len(), || source.stats().bytes_in);
+    drop(wire.1);
+    let ended = source.finish();
+    assert!(matches!(ended, Err(EngineError::Io { .. })), "{ended:?}");
+
+    let [wire, restored] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+    let target = TargetFilter::start(TargetParts {
+        from_wire: OwnedFd::from(wire.1),
+        to_restore: OwnedFd::from(restored.0),
+        side: None,
+        config: config(),
+    })
+    .unwrap();
+    (&wire.0).write_all(&stream).unwrap();
+    until_read(stream.len(), || target.stats().bytes_in);
+    drop(restored.1);
+    let ended = target.finish();
+    assert!(matches!(ended, Err(EngineError::Io { .. })), "{ended:?}");
+}
+
 /// Feeds bytes to a target filter that has been told hello; what it says of them.
 fn target_says(stream: &[u8], window_pages: u32) -> Result<crate::engine::TargetSummary, EngineError> {
     let [wire, restored, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
