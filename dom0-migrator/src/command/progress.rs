@@ -163,10 +163,8 @@ fn uncounted(status: &Status) -> String {
 
 /// A line for people.
 fn line(status: &Status) -> String {
-    let far = percent(status).map_or_else(
-        || uncounted(status),
-        |percent| format!("{percent:>3} % of {} pages", status.total),
-    );
+    let far = percent(status)
+        .map_or_else(|| uncounted(status), |percent| format!("{percent:>3} % of {} pages", status.total));
     format!("{:>5.0} s  {far}  {}", status.seconds, words(status))
 }
 
