@@ -18,6 +18,8 @@ pub struct Published {
     pub runs: Vec<UserRun>,
     /// The same by process.
     pub by_process: BTreeMap<i32, Vec<UserRun>>,
+    /// Runs of cached files, which the probe lists by its own addresses.
+    pub cached: Vec<UserRun>,
     /// With what.
     pub publish: Option<Publish>,
     /// How often they were withdrawn.
@@ -108,6 +110,8 @@ impl Device for FakeDevice {
                 return Err(stale());
             }
             state.by_process = std::mem::take(&mut state.adding);
+            // Cached pages of files, by addresses that are gone by now.
+            state.cached = state.by_process.remove(&(std::process::id() as i32)).unwrap_or_default();
             state.runs = state.by_process.values().flatten().copied().collect();
             state.publish = Some(*publish);
             Ok(())

@@ -125,6 +125,8 @@ fn several_servers_are_in_one_generation() -> Result<()> {
         ensure!(pages > 4_000, "{pages} pages");
         let of = running.host.with(|state| state.by_process.keys().copied().collect::<Vec<_>>());
         ensure!(of.len() == 2, "{of:?}");
+        // The programs' own files are in memory, beside the pools.
+        ensure!(running.host.with(|state| !state.cached.is_empty()), "no cached page of a file is listed");
     }
     let status = running.status()?;
     println!("{status}");
