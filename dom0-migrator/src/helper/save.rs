@@ -434,9 +434,9 @@ impl SaveCallbacks for Saver {
             self.enter_round(stats.iteration, pages);
         }
         if answer == Precopy::StopAndCopy {
-            // Nothing may wait for storage while the domain is suspended.
+            // Nothing may wait for storage while the domain is suspended. That all has arrived is waited for in `suspend`.
             self.sampling.mark(Moment::Drain);
-            let drained = self.engine.drain();
+            let drained = self.engine.settle_references();
             self.sampling.mark(Moment::Drained);
             match drained {
                 Ok(drained) => {

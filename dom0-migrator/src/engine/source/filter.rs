@@ -192,11 +192,12 @@ impl Filter {
                 self.left_out.end();
             }
             Request::CatchUp(reply) => self.catching_up = Some(reply),
-            Request::Drain(reply) => {
+            Request::Drain { reply, arrive } => {
                 (self.may_refer, self.awaited) = (false, None);
                 let before = (self.stats.references_accepted, self.stats.references_refused);
                 self.drain = Some(Drain {
                     reply,
+                    arrive,
                     began: Instant::now(),
                     report: DrainReport::default(),
                     before,

@@ -98,7 +98,8 @@ pub struct SourceParts {
 enum Request {
     Round(u32),
     CatchUp(Sender<()>),
-    Drain(Sender<DrainReport>),
+    /// Until no reference is outstanding; and, if so wanted, until the target has all that was sent.
+    Drain { reply: Sender<DrainReport>, arrive: bool },
     Suspending,
     Suspended,
 }
@@ -286,8 +287,21 @@ impl SourceFilter {
     /// # Errors
     /// [`EngineError::Gone`] when the filter has ended; [`finish`](Self::finish) tells why.
     pub fn drain(&self) -> Result<DrainReport, EngineError> {
+        self.drain_until(true)
+    }
+
+    /// As [`drain`](Self::drain), but does not wait for what is on the way. To be called when one more pass is sent before the domain
+    /// is suspended: each moment here, the guest writes more pages for that pass.
+    ///
+    /// # Errors
+    /// As [`drain`](Self::drain).
+    pub fn settle_references(&self) -> Result<DrainReport, EngineError> {
+        self.drain_until(false)
+    }
+
+    fn drain_until(&self, arrive: bool) -> Result<DrainReport, EngineError> {
         let (reply, report) = bounded(1);
-        self.ask(Request::Drain(reply));
+        self.ask(Request::Drain { reply, arrive });
         report.recv().map_err(|_| EngineError::Gone)
     }
 

@@ -20,6 +20,8 @@ use crate::engine::xen_stream::{Entry, MAX_BATCH, NOTAB, PAGE, PAGE_DATA_HEAD, R
 #[derive(Debug)]
 pub(super) struct Drain {
     pub(super) reply: Sender<DrainReport>,
+    /// Whether it ends only when the target has all that was sent before it.
+    pub(super) arrive: bool,
     pub(super) began: Instant,
     pub(super) report: DrainReport,
     /// Counters when it began: accepted, refused.
@@ -47,7 +49,7 @@ impl Filter {
             }
             return Ok(Some(Duration::ZERO));
         }
-        let may_ask = self.side.is_some() && self.mode == Mode::Filter && !left.is_zero();
+        let may_ask = drain.arrive && self.side.is_some() && self.mode == Mode::Filter && !left.is_zero();
         if outstanding == 0 && may_ask && drain.sync.is_none() {
             drain.sync = Some(last_sync + 1);
             self.syncs.0 += 1;
@@ -61,8 +63,10 @@ impl Filter {
         if outstanding > 0 || (!is_synced && self.side.is_some() && !left.is_zero()) {
             return Ok(Some(left));
         }
-        // All of it is to be out of our hands, whether or not the target has said so.
-        self.flush()?;
+        if drain.arrive {
+            // All of it is to be out of our hands, whether or not the target has said so.
+            self.flush()?;
+        }
         if let Some(mut drain) = self.drain.take() {
             let elapsed = drain.began.elapsed().as_secs_f64();
             drain.report.seconds = elapsed;

@@ -209,7 +209,7 @@ impl Dispatch for ToWorkers {
     }
 
     fn asks_for_silence(request: &Request) -> bool {
-        matches!(request, Request::Drain(_) | Request::CatchUp(_))
+        matches!(request, Request::Drain { .. } | Request::CatchUp(_))
     }
 }
 

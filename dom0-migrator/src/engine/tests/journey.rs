@@ -261,6 +261,31 @@ fn after_the_drain_all_is_in_libxenguests_hands_and_nothing_is_referred_to() {
 }
 
 #[test]
+fn references_are_settled_without_waiting_for_what_is_on_the_way() {
+    let disk = disk(64);
+    let mut pair = Pair::simple(map((0..64).map(|pfn| (pfn, pfn))), &disk, config());
+    pair.source.enter_round(0);
+    let mut stream = beginning();
+    stream.extend(page_data(&first_pass()));
+    pair.write(&stream);
+    let report = pair.source.settle_references().unwrap();
+    assert!(!report.synced, "{report:?}");
+    assert_eq!(pair.source.stats().references_outstanding, 0);
+    // One more pass while the domain runs: nothing of it is referred to.
+    let last = page_data(&[Sent::page(20, disk_page(20)), Sent::page(60, disk_page(60))]);
+    pair.write(&last);
+    stream.extend(last);
+    assert!(pair.source.drain().unwrap().synced);
+    assert_eq!(pair.target.stats().bytes_in, pair.source.stats().bytes_out);
+    pair.source.suspended();
+    pair.write(&ending());
+    stream.extend(ending());
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
+    assert_eq!(outcome.source.unwrap().stats.pages_referenced, 40);
+}
+
+#[test]
 fn an_empty_map_and_no_disk_still_save_zeros() {
     let mut pair = Pair::start(
         ReferenceMap::new(enlightenment::Pfn(super::pair::MAX_PFN)),
