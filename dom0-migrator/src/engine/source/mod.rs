@@ -99,7 +99,10 @@ enum Request {
     Round(u32),
     CatchUp(Sender<()>),
     /// Until no reference is outstanding; and, if so wanted, until the target has all that was sent.
-    Drain { reply: Sender<DrainReport>, arrive: bool },
+    Drain {
+        reply: Sender<DrainReport>,
+        arrive: bool,
+    },
     Suspending,
     Suspended,
 }

@@ -92,7 +92,7 @@ fn draw_pass(state: &State, area: Rect, buffer: &mut Buffer) {
     let [gauge, words] = Layout::horizontal([Constraint::Fill(1), Constraint::Length(24)]).areas(rest);
     LineGauge::default()
         .ratio(share)
-        .label(format!("{:>3.0} %", share * 100.0))
+        .label(if total == 0 { "     ".to_owned() } else { format!("{:>3.0} %", share * 100.0) })
         .filled_symbol("█")
         .unfilled_symbol("░")
         .filled_style(Style::new().fg(OURS))
@@ -159,14 +159,18 @@ fn draw_database(state: &State, area: Rect, buffer: &mut Buffer) {
 
 fn draw_passes(state: &State, area: Rect, buffer: &mut Buffer) {
     let rest = named("passes", area, buffer);
-    let all: Vec<String> = state
-        .passes
-        .iter()
-        .map(|pass| format!("{}: {} pages, {:.0} s", pass.number, pass.pages, pass.seconds))
-        .collect();
-    // The newest are what one wants to see.
-    let newest = all[all.len().saturating_sub(4)..].join("   ");
-    Paragraph::new(newest).wrap(ratatui::widgets::Wrap { trim: true }).render(rest, buffer);
+    let mut words = String::new();
+    // As many of the newest as there is room for; a line that is wrapped may lose most of a pass at its end.
+    let room = usize::from(rest.width) * usize::from(rest.height) - usize::from(rest.width) / 2;
+    for pass in state.passes.iter().rev() {
+        let pages = if pass.pages == 0 { "the last".to_owned() } else { format!("{} pages", pass.pages) };
+        let more = format!("{}: {pages}, {:.0} s", pass.number, pass.seconds);
+        if words.len() + more.len() + 3 > room {
+            break;
+        }
+        words = if words.is_empty() { more } else { format!("{more}   {words}") };
+    }
+    Paragraph::new(words).wrap(ratatui::widgets::Wrap { trim: true }).render(rest, buffer);
 }
 
 /// A picture's lines, as a terminal shows them; without colours where these are not wanted.
@@ -241,7 +245,9 @@ mod tests {
                 "whole",
                 "network",
                 "361 transactions",
-                "1: ",
+                "5: 1181 pages, ",
+                "6: the",
+                "the guest is paused",
             ] {
                 assert!(picture.contains(word), "no {word:?} in {width} columns:\n{picture}");
             }
