@@ -159,18 +159,23 @@ fn draw_database(state: &State, area: Rect, buffer: &mut Buffer) {
 
 fn draw_passes(state: &State, area: Rect, buffer: &mut Buffer) {
     let rest = named("passes", area, buffer);
-    let mut words = String::new();
-    // As many of the newest as there is room for; a line that is wrapped may lose most of a pass at its end.
-    let room = usize::from(rest.width) * usize::from(rest.height) - usize::from(rest.width) / 2;
+    // As many of the newest as there is room for, the newest at the end of the last line.
+    let mut lines = vec![String::new()];
     for pass in state.passes.iter().rev() {
         let pages = if pass.pages == 0 { "the last".to_owned() } else { format!("{} pages", pass.pages) };
-        let more = format!("{}: {pages}, {:.0} s", pass.number, pass.seconds);
-        if words.len() + more.len() + 3 > room {
-            break;
+        let one = format!("{}: {pages}, {:.0} s", pass.number, pass.seconds);
+        let has_room = lines.len() < rest.height.into();
+        match lines.last_mut() {
+            Some(line) if line.is_empty() => *line = one,
+            Some(line) if line.len() + 3 + one.len() <= rest.width.into() => {
+                *line = format!("{one}   {line}")
+            }
+            _ if has_room => lines.push(one),
+            _ => break,
         }
-        words = if words.is_empty() { more } else { format!("{more}   {words}") };
     }
-    Paragraph::new(words).wrap(ratatui::widgets::Wrap { trim: true }).render(rest, buffer);
+    lines.reverse();
+    Paragraph::new(lines.into_iter().map(Line::from).collect::<Vec<_>>()).render(rest, buffer);
 }
 
 /// A picture's lines, as a terminal shows them; without colours where these are not wanted.
@@ -246,7 +251,7 @@ mod tests {
                 "network",
                 "361 transactions",
                 "5: 1181 pages, ",
-                "6: the",
+                "6: the last, ",
                 "the guest is paused",
             ] {
                 assert!(picture.contains(word), "no {word:?} in {width} columns:\n{picture}");
