@@ -39,8 +39,8 @@ const RUNS_AT_ONCE: usize = 16_384;
 const MOST_FILES: usize = 65_536;
 /// How deep files lie under the data directory.
 const DEEPEST: usize = 3;
-/// For so long at most files are looked at: dom0 waits for the answer. The server's own come first.
-const LONGEST: Duration = Duration::from_secs(5);
+/// For so long at most files are looked at for dom0, which waits for the answer. The server's own come first.
+pub const PATIENCE: Duration = Duration::from_secs(5);
 /// `MADV_POPULATE_READ` of linux/mman.h (5.14).
 const POPULATE_READ: libc::c_int = 22;
 /// Bits of `/proc/PID/pagemap`: the page is there, and its PFN.
@@ -72,8 +72,8 @@ pub struct CacheSummary {
 #[derive(Debug, Error)]
 enum EndedEarly {
     /// dom0 waits.
-    #[error("time was up after {} s", LONGEST.as_secs())]
-    TimeUp,
+    #[error("time was up after {} s", .0.as_secs())]
+    TimeUp(Duration),
     /// Or there is a circle somewhere.
     #[error("there are more than {MOST_FILES} files")]
     TooManyFiles,
@@ -103,7 +103,7 @@ impl<E> From<EndedEarly> for Stop<E> {
 }
 
 /// Lists the cached pages of the files that these servers have open, mapped or under their data directories, then of those that any
-/// other process has open or mapped. The addresses are of this process, and hold only until `sink` returns.
+/// other process has open or mapped, for so long at most. The addresses are of this process, and hold only until `sink` returns.
 ///
 /// What goes wrong here ends the listing and stands in the summary; what was found until then is handed over.
 ///
@@ -112,12 +112,13 @@ impl<E> From<EndedEarly> for Stop<E> {
 pub fn build<'a, E>(
     servers: impl IntoIterator<Item = &'a MysqldProcess>,
     rule: DiskRule,
+    patience: Duration,
     mut sink: impl FnMut(&mut [UserRun]) -> Result<(), E>,
 ) -> Result<CacheSummary, E> {
     let start = Instant::now();
     let mut summary = CacheSummary::default();
     let mut batch = Batch::default();
-    match list_all(servers, rule, start, &mut summary, &mut batch, &mut sink) {
+    match list_all(servers, rule, Limit { start, patience }, &mut summary, &mut batch, &mut sink) {
         Ok(()) => {}
         Err(Stop::Here(why)) => {
             tracing::warn!(%why, "not all cached pages of files are listed");
@@ -130,11 +131,24 @@ pub fn build<'a, E>(
     Ok(summary)
 }
 
+/// How long a listing may take.
+#[derive(Clone, Copy)]
+struct Limit {
+    start: Instant,
+    patience: Duration,
+}
+
+impl Limit {
+    fn check(self) -> Result<(), EndedEarly> {
+        if self.start.elapsed() >= self.patience { Err(EndedEarly::TimeUp(self.patience)) } else { Ok(()) }
+    }
+}
+
 /// All but the last hand-over.
 fn list_all<'a, E>(
     servers: impl IntoIterator<Item = &'a MysqldProcess>,
     rule: DiskRule,
-    start: Instant,
+    limit: Limit,
     summary: &mut CacheSummary,
     batch: &mut Batch,
     sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>,
@@ -149,9 +163,7 @@ fn list_all<'a, E>(
     let own = servers.iter().flat_map(|process| files_of_server(process));
     let of_others = processes().filter(|pid| !servers.iter().any(|process| process.pid == *pid));
     for Candidate { path, id } in own.chain(of_others.flat_map(files_of_process)) {
-        if start.elapsed() >= LONGEST {
-            return Err(EndedEarly::TimeUp.into());
-        }
+        limit.check()?;
         if seen.len() >= MOST_FILES {
             return Err(EndedEarly::TooManyFiles.into());
         }
@@ -167,7 +179,7 @@ fn list_all<'a, E>(
                 continue;
             }
         };
-        let cached = Cached { file: &file, place: &place, flags: flags.as_ref(), rule, start };
+        let cached = Cached { file: &file, place: &place, flags: flags.as_ref(), rule, limit };
         let before = summary.pages;
         let listed = cached.list(&mut disks, summary, batch, sink);
         summary.files += u64::from(summary.pages > before);
@@ -262,8 +274,7 @@ struct Cached<'a> {
     place: &'a PlacedFile,
     flags: Option<&'a PageFlags>,
     rule: DiskRule,
-    /// When the first file was looked at.
-    start: Instant,
+    limit: Limit,
 }
 
 impl Cached<'_> {
@@ -279,9 +290,7 @@ impl Cached<'_> {
         let mut at = 0;
         // A file can be nearly endless and have few bytes: holes are passed over.
         while let Some(next) = self.place.next_fit(at).filter(|next| *next < meta.len()) {
-            if self.start.elapsed() >= LONGEST {
-                return Err(EndedEarly::TimeUp.into());
-            }
+            self.limit.check()?;
             at = next / PAGE_SIZE as u64 * PAGE_SIZE as u64;
             let length = WINDOW.min(meta.len() - at);
             let window = Window::map(self.file, at, length)

@@ -181,7 +181,7 @@ impl Servers {
         let own = std::process::id() as i32;
         let processes = self.sessions.values().map(|session| &session.server().process);
         let wrong_hints = &mut self.wrong_hints;
-        let summary = page_cache::build(processes, self.options.rule, |runs| {
+        let summary = page_cache::build(processes, self.options.rule, page_cache::PATIENCE, |runs| {
             if let Some(hints) = wrong_hints {
                 hints.spoil(runs);
             }
