@@ -39,8 +39,8 @@ const RUNS_AT_ONCE: usize = 16_384;
 const MOST_FILES: usize = 65_536;
 /// How deep files lie under the data directory.
 const DEEPEST: usize = 3;
-/// For so long at most files are looked at: dom0 waits for the answer. The server's own come first.
-const LONGEST: Duration = Duration::from_secs(5);
+/// For so long at most files are looked at for dom0, which waits for the answer. The server's own come first.
+pub const PATIENCE: Duration = Duration::from_secs(5);
 /// `MADV_POPULATE_READ` of linux/mman.h (5.14).
 const POPULATE_READ: libc::c_int = 22;
 /// Bits of `/proc/PID/pagemap`: the page is there, and its PFN.
@@ -62,15 +62,21 @@ pub struct CacheSummary {
     pub pages_without_place: u64,
     /// Files that may not be named at all, by reason.
     pub files_left_out: BTreeMap<LeftOut, u64>,
-    /// Whether files were passed over because time was up or there were too many.
-    pub cut_short: bool,
+    /// Why the listing ended before all files had been looked at, for people; none when it did not. All counts are of what was done until then.
+    pub ended_early: Option<String>,
     /// Milliseconds that it took.
     pub milliseconds: u64,
 }
 
-/// Why no page of the cache is listed.
+/// Why a listing ends before all files have been looked at.
 #[derive(Debug, Error)]
-pub enum CacheError {
+enum EndedEarly {
+    /// dom0 waits.
+    #[error("time was up after {} s", .0.as_secs())]
+    TimeUp(Duration),
+    /// Or there is a circle somewhere.
+    #[error("there are more than {MOST_FILES} files")]
+    TooManyFiles,
     /// `mincore(2)` tells who may not know that everything is in memory.
     #[error("CAP_FOWNER is missing, without which the kernel does not say which pages are in memory")]
     NotAllowed,
@@ -84,43 +90,82 @@ pub enum CacheError {
     },
 }
 
-/// What went wrong: here, or with who takes the lists.
-#[derive(Debug, Error)]
-pub enum BuildError<E> {
-    /// Here; the lists are as they were.
-    #[error(transparent)]
-    Cache(#[from] CacheError),
-    /// Who takes the lists did not.
-    #[error("{0}")]
+/// What ends a listing: something here, or who takes the lists.
+enum Stop<E> {
+    Here(EndedEarly),
     Sink(E),
 }
 
+impl<E> From<EndedEarly> for Stop<E> {
+    fn from(why: EndedEarly) -> Self {
+        Self::Here(why)
+    }
+}
+
 /// Lists the cached pages of the files that these servers have open, mapped or under their data directories, then of those that any
-/// other process has open or mapped. The addresses are of this process, and hold only until `sink` returns.
+/// other process has open or mapped, for so long at most. The addresses are of this process, and hold only until `sink` returns.
+///
+/// What goes wrong here ends the listing and stands in the summary; what was found until then is handed over.
 ///
 /// # Errors
-/// [`BuildError`].
+/// Those of `sink`.
 pub fn build<'a, E>(
     servers: impl IntoIterator<Item = &'a MysqldProcess>,
     rule: DiskRule,
+    patience: Duration,
     mut sink: impl FnMut(&mut [UserRun]) -> Result<(), E>,
-) -> Result<CacheSummary, BuildError<E>> {
-    if !privileges::has(privileges::FOWNER) {
-        return Err(CacheError::NotAllowed.into());
-    }
+) -> Result<CacheSummary, E> {
     let start = Instant::now();
     let mut summary = CacheSummary::default();
+    let mut batch = Batch::default();
+    match list_all(servers, rule, Limit { start, patience }, &mut summary, &mut batch, &mut sink) {
+        Ok(()) => {}
+        Err(Stop::Here(why)) => {
+            tracing::warn!(%why, "not all cached pages of files are listed");
+            summary.ended_early = Some(why.to_string());
+        }
+        Err(Stop::Sink(error)) => return Err(error),
+    }
+    batch.hand_over(&mut sink)?;
+    summary.milliseconds = start.elapsed().as_millis() as u64;
+    Ok(summary)
+}
+
+/// How long a listing may take.
+#[derive(Clone, Copy)]
+struct Limit {
+    start: Instant,
+    patience: Duration,
+}
+
+impl Limit {
+    fn check(self) -> Result<(), EndedEarly> {
+        if self.start.elapsed() >= self.patience { Err(EndedEarly::TimeUp(self.patience)) } else { Ok(()) }
+    }
+}
+
+/// All but the last hand-over.
+fn list_all<'a, E>(
+    servers: impl IntoIterator<Item = &'a MysqldProcess>,
+    rule: DiskRule,
+    limit: Limit,
+    summary: &mut CacheSummary,
+    batch: &mut Batch,
+    sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>,
+) -> Result<(), Stop<E>> {
+    if !privileges::has(privileges::FOWNER) {
+        return Err(EndedEarly::NotAllowed.into());
+    }
     let mut disks = Disks::default();
     let flags = PageFlags::open();
     let mut seen = HashSet::new();
-    let mut batch = Batch::default();
     let servers: Vec<&MysqldProcess> = servers.into_iter().collect();
     let own = servers.iter().flat_map(|process| files_of_server(process));
     let of_others = processes().filter(|pid| !servers.iter().any(|process| process.pid == *pid));
     for Candidate { path, id } in own.chain(of_others.flat_map(files_of_process)) {
-        if start.elapsed() >= LONGEST || seen.len() >= MOST_FILES {
-            summary.cut_short = true;
-            break;
+        limit.check()?;
+        if seen.len() >= MOST_FILES {
+            return Err(EndedEarly::TooManyFiles.into());
         }
         if id.is_some_and(|id| seen.contains(&id)) {
             continue;
@@ -134,14 +179,13 @@ pub fn build<'a, E>(
                 continue;
             }
         };
-        let cached = Cached { file: &file, place: &place, flags: flags.as_ref(), rule, start };
+        let cached = Cached { file: &file, place: &place, flags: flags.as_ref(), rule, limit };
         let before = summary.pages;
-        cached.list(&mut disks, &mut summary, &mut batch, &mut sink)?;
+        let listed = cached.list(&mut disks, summary, batch, sink);
         summary.files += u64::from(summary.pages > before);
+        listed?;
     }
-    batch.hand_over(&mut sink)?;
-    summary.milliseconds = start.elapsed().as_millis() as u64;
-    Ok(summary)
+    Ok(())
 }
 
 /// Opens a regular file that was not seen yet and has bytes; one that cannot be opened is none.
@@ -230,8 +274,7 @@ struct Cached<'a> {
     place: &'a PlacedFile,
     flags: Option<&'a PageFlags>,
     rule: DiskRule,
-    /// When the first file was looked at.
-    start: Instant,
+    limit: Limit,
 }
 
 impl Cached<'_> {
@@ -241,41 +284,53 @@ impl Cached<'_> {
         summary: &mut CacheSummary,
         batch: &mut Batch,
         sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>,
-    ) -> Result<(), BuildError<E>> {
+    ) -> Result<(), Stop<E>> {
         // Its size now: of one that shrinks, pages behind the end are not there any more, and the kernel says so.
         let Ok(meta) = self.file.metadata() else { return Ok(()) };
         let mut at = 0;
         // A file can be nearly endless and have few bytes: holes are passed over.
         while let Some(next) = self.place.next_fit(at).filter(|next| *next < meta.len()) {
-            if self.start.elapsed() >= LONGEST {
-                summary.cut_short = true;
-                break;
-            }
+            self.limit.check()?;
             at = next / PAGE_SIZE as u64 * PAGE_SIZE as u64;
             let length = WINDOW.min(meta.len() - at);
             let window = Window::map(self.file, at, length)
-                .map_err(|source| CacheError::Kernel { what: "map a file", source })?;
-            for (first, count) in window.resident()? {
-                window.enter(first, count)?;
-                let changed = self.flags.map(|flags| flags.changed(window.page(first), count));
-                for (skip, pages) in unchanged(count, changed.as_deref()) {
-                    let (first, in_file) = (first + skip, at + ((first + skip) * PAGE_SIZE) as u64);
-                    let mut placed = 0;
-                    self.place.fit_pieces(disks, self.rule, in_file, (pages * PAGE_SIZE) as u64, |piece| {
-                        placed += u64::from(piece.pages);
-                        batch.runs.push(FrameAddr(window.page(first)), &piece, ListKind::Read);
-                    });
-                    summary.pages += placed;
-                    summary.pages_without_place += pages as u64 - placed;
-                }
-                let of_run = changed.iter().flatten().filter(|changed| **changed).count();
-                summary.pages_changed += of_run as u64;
-            }
+                .map_err(|source| EndedEarly::Kernel { what: "map a file", source })?;
+            let listed = self.list_window(&window, at, disks, summary, &mut batch.runs);
+            // Also where it was not listed to its end: runs of it wait.
             batch.windows.push(window);
+            listed?;
             if batch.windows.len() >= WINDOWS_AT_ONCE || batch.runs.len() >= RUNS_AT_ONCE {
-                batch.hand_over(sink)?;
+                batch.hand_over(sink).map_err(Stop::Sink)?;
             }
             at += length;
+        }
+        Ok(())
+    }
+
+    /// Lists a window, which begins at this byte of the file.
+    fn list_window(
+        &self,
+        window: &Window,
+        at: u64,
+        disks: &mut Disks,
+        summary: &mut CacheSummary,
+        runs: &mut Runs,
+    ) -> Result<(), EndedEarly> {
+        for (first, count) in window.resident()? {
+            window.enter(first, count)?;
+            let changed = self.flags.map(|flags| flags.changed(window.page(first), count));
+            for (skip, pages) in unchanged(count, changed.as_deref()) {
+                let (first, in_file) = (first + skip, at + ((first + skip) * PAGE_SIZE) as u64);
+                let mut placed = 0;
+                self.place.fit_pieces(disks, self.rule, in_file, (pages * PAGE_SIZE) as u64, |piece| {
+                    placed += u64::from(piece.pages);
+                    runs.push(FrameAddr(window.page(first)), &piece, ListKind::Read);
+                });
+                summary.pages += placed;
+                summary.pages_without_place += pages as u64 - placed;
+            }
+            let of_run = changed.iter().flatten().filter(|changed| **changed).count();
+            summary.pages_changed += of_run as u64;
         }
         Ok(())
     }
@@ -289,13 +344,10 @@ struct Batch {
 }
 
 impl Batch {
-    fn hand_over<E>(
-        &mut self,
-        sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>,
-    ) -> Result<(), BuildError<E>> {
+    fn hand_over<E>(&mut self, sink: &mut impl FnMut(&mut [UserRun]) -> Result<(), E>) -> Result<(), E> {
         let handed_over = self.runs.hand_over(sink);
         self.windows.clear();
-        handed_over.map_err(BuildError::Sink)
+        handed_over
     }
 }
 
@@ -354,18 +406,18 @@ impl Window {
     }
 
     /// Runs of pages that are in memory: the index of the first, and how many.
-    fn resident(&self) -> Result<Vec<(usize, usize)>, CacheError> {
+    fn resident(&self) -> Result<Vec<(usize, usize)>, EndedEarly> {
         let mut present = vec![0_u8; self.length / PAGE_SIZE];
         // SAFETY: the range is the mapping, and the vector has a byte for each of its pages.
         if unsafe { libc::mincore(self.address, self.length, present.as_mut_ptr()) } < 0 {
             let source = io::Error::last_os_error();
-            return Err(CacheError::Kernel { what: "say which pages are in memory (mincore)", source });
+            return Err(EndedEarly::Kernel { what: "say which pages are in memory (mincore)", source });
         }
         Ok(stretches(&present, |present| present & 1 != 0))
     }
 
     /// Enters pages that are in memory into the page tables. One that has just left is read again; one behind the file's end is left out.
-    fn enter(&self, first: usize, count: usize) -> Result<(), CacheError> {
+    fn enter(&self, first: usize, count: usize) -> Result<(), EndedEarly> {
         let address = (self.address as usize + first * PAGE_SIZE) as *mut libc::c_void;
         // SAFETY: a part of the mapping; nothing of it is dereferenced, and the kernel answers with an error where a look would be a signal.
         if unsafe { libc::madvise(address, count * PAGE_SIZE, POPULATE_READ) } == 0 {
@@ -373,7 +425,7 @@ impl Window {
         }
         match io::Error::last_os_error() {
             source if source.raw_os_error() == Some(libc::EINVAL) => {
-                Err(CacheError::Kernel { what: "enter pages into a page table (MADV_POPULATE_READ)", source })
+                Err(EndedEarly::Kernel { what: "enter pages into a page table (MADV_POPULATE_READ)", source })
             }
             // The module finds out which were entered.
             _ => Ok(()),

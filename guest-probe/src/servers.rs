@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use enlightenment::device::Publish;
 
 use crate::device::{Device, DeviceError};
-use crate::page_cache::{self, BuildError};
+use crate::page_cache;
 use crate::process::{Choice, MysqldProcess, ProcessError, ProcessKey};
 use crate::session::{Options, Server, Session, SessionError};
 use crate::status::Answer;
@@ -181,7 +181,7 @@ impl Servers {
         let own = std::process::id() as i32;
         let processes = self.sessions.values().map(|session| &session.server().process);
         let wrong_hints = &mut self.wrong_hints;
-        let built = page_cache::build(processes, self.options.rule, |runs| {
+        let summary = page_cache::build(processes, self.options.rule, page_cache::PATIENCE, |runs| {
             if let Some(hints) = wrong_hints {
                 hints.spoil(runs);
             }
@@ -189,14 +189,8 @@ impl Servers {
             answer.pages_listed += added.listed;
             answer.pages_unmapped += added.unmapped;
             Ok(())
-        });
-        match built {
-            Ok(summary) => answer.page_cache = Some(summary),
-            Err(BuildError::Sink(error)) => return Err(error),
-            Err(BuildError::Cache(error)) => {
-                tracing::warn!(%error, "not all cached pages of files are listed")
-            }
-        }
+        })?;
+        answer.page_cache = Some(summary);
         Ok(())
     }
 

@@ -241,8 +241,11 @@ impl fmt::Display for CacheSummary {
         for (reason, count) in &self.files_left_out {
             write!(f, ", {count} files ({})", reason.words())?;
         }
-        let cut_short = if self.cut_short { ", and what was left when time was up" } else { "" };
-        write!(f, "{cut_short}; in {} ms", self.milliseconds)
+        write!(f, "; in {} ms", self.milliseconds)?;
+        match &self.ended_early {
+            None => Ok(()),
+            Some(why) => write!(f, ". Not all files were looked at: {why}"),
+        }
     }
 }
 
@@ -347,6 +350,26 @@ mod tests {
         let words = status.to_string();
         assert!(words.contains("process 7") && words.contains("3 frames: dirty"), "{words}");
         assert!(words.contains("0.0 % a/b: 2 dirty, 1 in use by a thread\n"), "{words}");
+    }
+
+    #[test]
+    fn a_page_cache_that_is_not_all_listed_is_said_with_what_is() {
+        let cache = CacheSummary { files: 2, pages: 30, ..CacheSummary::default() };
+        let words = |ended_early: Option<&str>| {
+            let page_cache = Some(CacheSummary { ended_early: ended_early.map(Into::into), ..cache.clone() });
+            let status =
+                Status { last_answer: Some(Answer { page_cache, ..Answer::default() }), ..Status::default() };
+            let words = status.to_string();
+            let mut lines =
+                words.lines().filter(|line| line.starts_with("page cache  30 guest pages of 2 files listed"));
+            (lines.next().unwrap().to_owned(), lines.count())
+        };
+        let (line, more) = words(Some("the kernel does not say"));
+        assert!(
+            line.ends_with(". Not all files were looked at: the kernel does not say") && more == 0,
+            "{line}"
+        );
+        assert!(!words(None).0.contains("Not all"), "{}", words(None).0);
     }
 
     #[test]

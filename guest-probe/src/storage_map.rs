@@ -265,3 +265,24 @@ fn unfit_file_system(file: &File) -> Option<LeftOut> {
         _ => Some(LeftOut::OtherFileSystem),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_pages_that_are_on_disk_as_in_memory_are_fit() {
+        for (flags, reason) in [
+            // 0 and 5 stand for pages of 16 KiB; the other bits say where the file is and what it has beside pages.
+            (0x4021, None),
+            (0x4021 | 5 << 6, None),
+            (0x4021 | 3 << 6, Some(LeftOut::Compressed)),
+            (0x4021 | 6 << 6, Some(LeftOut::Compressed)),
+            (0x4029, Some(LeftOut::Compressed)),
+            (0x1000, Some(LeftOut::Temporary)),
+            (0x2000, Some(LeftOut::Encrypted)),
+        ] {
+            assert_eq!(unfit(SpaceFlags(flags)), reason, "{flags:#x}");
+        }
+    }
+}

@@ -6,6 +6,7 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use enlightenment::Vdev;
@@ -20,6 +21,8 @@ use guest_probe::storage_map::{DiskRule, StorageMap};
 use crate::server::wait_for;
 
 const PAGE: usize = 16_384;
+/// For a machine that has other work.
+const PATIENCE: Duration = Duration::from_secs(600);
 /// Bytes in a guest page.
 const GUEST_PAGE: u64 = 4096;
 
@@ -269,7 +272,7 @@ pub fn cached_pages_are_listed_where_they_lie(system: &Mounted<'_>) -> Result<(u
     let mut listed = BTreeSet::new();
     let process = MysqldProcess::find(Some(system.pid))?;
     let own_disk = map_of(system)?;
-    let summary = page_cache::build([&process], DiskRule::Any, |runs| {
+    let summary = page_cache::build([&process], DiskRule::Any, PATIENCE, |runs| {
         for run in runs.iter().filter(|run| run.vdev == own_disk.0) {
             for index in 0..u64::from(run.pages) {
                 let address = (run.address + index * GUEST_PAGE) as *const u8;
@@ -298,6 +301,81 @@ pub fn cached_pages_are_listed_where_they_lie(system: &Mounted<'_>) -> Result<(u
     ensure!(summary.pages >= listed.len() as u64 && summary.files > 0, "{summary:?}");
     ensure!(summary.pages_without_place > 0, "the hole has a place: {summary:?}");
     Ok((listed.len(), cached - per_page as usize))
+}
+
+/// Where the kernel refuses to map a file any more, half-way through it, what was listed until then is handed over and counted, and the
+/// summary says why there is no more.
+///
+/// # Errors
+/// What does not hold.
+pub fn a_listing_that_the_kernel_ends_says_how_far_it_came(system: &Mounted<'_>) -> Result<()> {
+    // One guest page in each window of page_cache.rs. It hands over 256 windows at once: these wait when the kernel refuses the next.
+    const WINDOW: u64 = 64 << 20;
+    const REFUSED_FROM: u64 = 64;
+    let file = File::create(system.path("windows.bin"))?;
+    for window in 0..REFUSED_FROM + 10 {
+        file.write_all_at(&[window as u8 | 1; GUEST_PAGE as usize], window * WINDOW)?;
+    }
+    file.sync_all()?;
+    let process = MysqldProcess::find(Some(system.pid))?;
+    let own_disk = map_of(system)?;
+    let (mut pages, mut pages_of_file) = (0, 0);
+    // The filter stays until its thread ends.
+    let summary = std::thread::scope(|scope| {
+        let listing = scope.spawn(|| -> Result<_> {
+            refuse_to_map(REFUSED_FROM * WINDOW)?;
+            page_cache::build([&process], DiskRule::Any, PATIENCE, |runs| {
+                for run in runs.iter() {
+                    pages += u64::from(run.pages);
+                    // SAFETY: the page is mapped until this returns, and the file does not shrink.
+                    let first = unsafe { std::ptr::read_volatile(run.address as *const u8) };
+                    pages_of_file += u64::from(run.vdev == own_disk.0 && run.pages == 1 && first & 1 == 1);
+                }
+                Ok(())
+            })
+        });
+        listing.join().map_err(|_| anyhow::anyhow!("the listing panicked"))?
+    })?;
+    ensure!(pages_of_file >= REFUSED_FROM, "{pages_of_file} pages of the file: {summary:?}");
+    ensure!(summary.pages == pages && summary.files > 0, "{pages} pages were handed over: {summary:?}");
+    let why = summary.ended_early.context("nothing is said")?;
+    ensure!(why.starts_with("the kernel does not map a file: "), "{why}");
+    // Whose time is up at once has nothing, and says so.
+    let none =
+        page_cache::build([&process], DiskRule::Any, Duration::ZERO, |_| anyhow::bail!("pages after all"))?;
+    ensure!(none.pages == 0 && none.ended_early.as_deref() == Some("time was up after 0 s"), "{none:?}");
+    fs::remove_file(system.path("windows.bin"))?;
+    Ok(())
+}
+
+/// From now on the kernel refuses this thread, and those that it starts, to map a file from this offset on, a multiple of 4 GiB.
+fn refuse_to_map(offset: u64) -> Result<()> {
+    const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    let statement = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
+    let unless = |test: u32, k, jf| libc::sock_filter {
+        code: (libc::BPF_JMP | libc::BPF_K | test) as u16,
+        jt: 0,
+        jf,
+        k,
+    };
+    // In a `struct seccomp_data` the call's number is the first word; the upper half of its sixth argument lies at byte 60.
+    let mut program = [
+        statement(LOAD, 0),
+        unless(libc::BPF_JEQ, libc::SYS_mmap as u32, 3),
+        statement(LOAD, 60),
+        unless(libc::BPF_JGE, (offset >> 32) as u32, 1),
+        statement(RETURN, libc::SECCOMP_RET_ERRNO | libc::ENODEV as u32),
+        statement(RETURN, libc::SECCOMP_RET_ALLOW),
+    ];
+    let filter = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: plain system calls; the filter and its program live through them.
+    let refused = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0
+            || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &filter) < 0
+    };
+    ensure!(!refused, "seccomp: {}", std::io::Error::last_os_error());
+    Ok(())
 }
 
 /// The disk of a file system, as a map names it.

@@ -19,7 +19,8 @@ use nix::sched::{CloneFlags, unshare};
 use tests::disk::{DISK_BYTES, Disk, run};
 use tests::server::wait_for;
 use tests::storage::{
-    Mounted, ReadDisk, a_map_made_anew_follows_the_files, cached_pages_are_listed_where_they_lie,
+    Mounted, ReadDisk, a_listing_that_the_kernel_ends_says_how_far_it_came,
+    a_map_made_anew_follows_the_files, cached_pages_are_listed_where_they_lie,
     every_page_is_found_or_has_a_reason, write_pages,
 };
 
@@ -90,6 +91,15 @@ fn ext4() -> Result<()> {
     let (listed, of) = cached_pages_are_listed_where_they_lie(&mounted)?;
     ensure!(listed == of, "{listed} of {of} cached pages are listed");
     a_map_made_anew_follows_the_files(&mounted)
+}
+
+#[test]
+fn a_listing_of_cached_pages_that_fails_half_way() -> Result<()> {
+    let system = FileSystem::make("ext4", &["-q"])?;
+    let read = system.reader();
+    let mounted = system.mounted(&read);
+    write_pages(&mounted.path("one.ibd"), 1, 0..2, 0)?;
+    a_listing_that_the_kernel_ends_says_how_far_it_came(&mounted)
 }
 
 #[test]

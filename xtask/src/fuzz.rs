@@ -4,6 +4,7 @@
 //! stable compiler runs when `-C passes` names it. What only nightly has is the address sanitizer; it finds little in code that has no `unsafe` in
 //! its parsers, and overflows are checked in this build as in any debug build.
 
+mod code;
 mod had;
 mod turn;
 
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use self::code::Code;
 use self::had::Had;
 use self::turn::Turn;
 use crate::deployment::{cargo, root};
@@ -48,8 +50,8 @@ pub struct Args {
     /// How long each runs, in time of the processors
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
-    /// Go on, in turns of `--seconds`, until each has had so much in all runs since it last found something; what it has had is kept in
-    /// target/fuzz, so that a long run may be cut into parts
+    /// Go on, in turns of `--seconds`, until each has had so much in all runs since it last found something and the code that it runs
+    /// last changed; what it has had is kept in target/fuzz, so that a long run may be cut into parts
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     total_seconds: Option<u64>,
     /// Targets that run at once [default: as many as there are processors]
@@ -68,6 +70,8 @@ struct Target {
     name: String,
     longest: usize,
     about: String,
+    /// A hash of the code that it runs.
+    code: String,
 }
 
 /// What all turns of a target came to.
@@ -93,8 +97,7 @@ struct Lengths {
 /// When a target has a finding; after all have run.
 pub fn run(args: &Args) -> Result<()> {
     setup::ensure()?;
-    let program = build()?;
-    let targets = targets(&program)?;
+    let (program, targets) = build()?;
     if args.list {
         targets.iter().for_each(|target| println!("{:<22}{}", target.name, target.about));
         return Ok(());
@@ -123,15 +126,16 @@ pub fn run(args: &Args) -> Result<()> {
 /// # Errors
 /// When a target has a finding.
 pub fn smoke(seconds: u64) -> Result<()> {
-    let program = build()?;
-    let targets = targets(&program)?;
+    let (program, targets) = build()?;
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
     let lengths = Lengths { turn: Duration::from_secs(seconds), total: None };
     report(&step("fuzz", || run_all(&program, &targets, lengths, jobs))?)
 }
 
-fn build() -> Result<PathBuf> {
+fn build() -> Result<(PathBuf, Vec<Target>)> {
     let directory = root().join("target/fuzz");
+    // Before the compiler reads it: what changes meanwhile is other code than what was tried.
+    let code = Code::read(&root())?;
     step("build the fuzz targets", || {
         let mut command = cargo();
         command
@@ -149,10 +153,12 @@ fn build() -> Result<PathBuf> {
             .env("CARGO_ENCODED_RUSTFLAGS", COVERAGE.join("\u{1f}"));
         crate::step::run(&mut command).map(drop)
     })?;
-    Ok(directory.join(MACHINE).join("fuzz/fuzz"))
+    let program = directory.join(MACHINE).join("fuzz/fuzz");
+    let targets = targets(&program, &code)?;
+    Ok((program, targets))
 }
 
-fn targets(program: &Path) -> Result<Vec<Target>> {
+fn targets(program: &Path, code: &Code) -> Result<Vec<Target>> {
     let mut command = Command::new(program);
     command.env("POOLSKIP_FUZZ_TARGET", "seeds").env("POOLSKIP_FUZZ_SEEDS", root().join("target/fuzz/seeds"));
     let lines = crate::step::run(&mut command)?;
@@ -160,12 +166,14 @@ fn targets(program: &Path) -> Result<Vec<Target>> {
     lines
         .lines()
         .map(|line| {
-            let mut fields = line.splitn(3, '\t');
-            let (name, longest, about) = (fields.next(), fields.next(), fields.next());
+            let mut fields = line.splitn(4, '\t').map(str::to_owned);
+            let mut field = || fields.next().unwrap_or_default();
+            let (name, longest, rooms, about) = (field(), field(), field(), field());
             Ok(Target {
-                name: name.unwrap_or_default().to_owned(),
-                longest: longest.unwrap_or_default().parse().with_context(|| format!("{line:?}"))?,
-                about: about.unwrap_or_default().to_owned(),
+                name,
+                longest: longest.parse().with_context(|| format!("{line:?}"))?,
+                about,
+                code: code.of(rooms.split(','))?,
             })
         })
         .collect()
@@ -175,7 +183,7 @@ fn run_all(program: &Path, targets: &[Target], lengths: Lengths, jobs: usize) ->
     let mut waiting = Vec::new();
     let mut done = Vec::new();
     for target in targets {
-        let had = Had::read(&work(target)?)?;
+        let had = Had::read(&work(target)?, &target.code)?;
         let left = lengths.total.map_or(lengths.turn, |total| had.left(total));
         let outcome = Outcome { name: target.name.clone(), turn: Turn::default(), had };
         if left.is_zero() { done.push(outcome) } else { waiting.push((left, target, outcome)) }
@@ -221,7 +229,7 @@ fn one_turn(
     lengths: Lengths,
 ) -> Result<(Duration, Outcome)> {
     let turn = turn::run(program, target, lengths.turn.min(left))?;
-    let had = Had::add(&work(target)?, &turn)?;
+    let had = Had::add(&work(target)?, &target.code, &turn)?;
     if let Some(total) = lengths.total {
         eprintln!("  {}: {:.0} of {} s, {} inputs", target.name, had.seconds, total.as_secs(), had.inputs);
     }
@@ -261,16 +269,19 @@ fn fuzzer(program: &Path, target: &Target) -> Command {
 }
 
 fn report(outcomes: &[Outcome]) -> Result<()> {
-    let (head, long) = ("seconds", "of all runs");
+    let (head, long, earlier) = ("seconds", "of all runs", "earlier code");
     println!(
-        "{:<22}{head:>9}{:>14}{long:>13}{:>14}{:>8}{:>8}",
+        "{:<22}{head:>9}{:>14}{long:>13}{:>14}{earlier:>14}{:>8}{:>8}",
         "target", "inputs", "inputs", "edges", "corpus"
     );
     for Outcome { name, turn, had } in outcomes {
         let Turn { runs, edges, inputs, finding, .. } = turn;
-        let (now, all) = (turn.had.as_secs_f64(), had.seconds);
+        let (now, all, earlier) = (turn.had.as_secs_f64(), had.seconds, had.earlier_seconds);
         let verdict = if finding.is_some() { "  FOUND SOMETHING" } else { "" };
-        println!("{name:<22}{now:>9.1}{runs:>14}{all:>13.1}{:>14}{edges:>8}{inputs:>8}{verdict}", had.inputs);
+        println!(
+            "{name:<22}{now:>9.1}{runs:>14}{all:>13.1}{:>14}{earlier:>14.1}{edges:>8}{inputs:>8}{verdict}",
+            had.inputs
+        );
     }
     let found: Vec<_> =
         outcomes.iter().filter_map(|it| Some((&it.name, it.turn.finding.as_ref()?))).collect();

@@ -388,6 +388,25 @@ mod tests {
     }
 
     #[test]
+    fn a_record_of_another_version_is_refused() {
+        let (mut builder, mut memory) = (Builder::default(), Vec::new());
+        builder.push(Entry { pfn: 1, page_type: NOTAB }, SpanKind::Zero);
+        builder.write_head(0, &mut memory);
+        let late_writes = late_writes::LateWrites::new(vec![1]).bodies().next().unwrap();
+        for mut body in [memory, sync_body(1).to_vec(), late_writes] {
+            assert!(PrivateRecord::parse(&body).is_ok());
+            for other in [0, VERSION + 1, u16::MAX] {
+                body[6..8].copy_from_slice(&other.to_le_bytes());
+                let parsed = PrivateRecord::parse(&body);
+                assert!(
+                    matches!(parsed, Err(StreamProblem::Private { version, .. }) if version == other),
+                    "{parsed:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn the_key_changes_the_hash() {
         assert_ne!(hash(&[1; 32], &[0; PAGE]), hash(&[2; 32], &[0; PAGE]));
     }

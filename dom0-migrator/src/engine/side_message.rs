@@ -389,6 +389,21 @@ mod tests {
     }
 
     #[test]
+    fn a_message_of_another_version_is_refused() {
+        let mut bytes = Vec::new();
+        Verdicts { accepted: vec![(0, 1)], refused: Vec::new() }.write(&mut bytes).unwrap();
+        assert!(Report::read(&mut bytes.as_slice()).is_ok());
+        for other in [0, VERSION - 1, VERSION + 1, u16::MAX] {
+            bytes[6..8].copy_from_slice(&other.to_le_bytes());
+            let read = Report::read(&mut bytes.as_slice());
+            assert!(
+                matches!(read, Err(SideError::Version { found, expected: VERSION }) if found == other),
+                "{read:?}"
+            );
+        }
+    }
+
+    #[test]
     fn many_verdicts_take_many_messages() {
         let verdicts = Verdicts {
             accepted: (0..5000).map(|i| (i * 3, 2)).collect(),

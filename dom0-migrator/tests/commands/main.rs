@@ -33,6 +33,8 @@ struct Host {
     connecting: Vec<String>,
     /// What it runs: ours, or another release's.
     program: PathBuf,
+    /// What its commands have at /sys, if not this machine's.
+    sysfs: Option<PathBuf>,
 }
 
 impl Host {
@@ -45,7 +47,17 @@ impl Host {
         fs::write(directory.path().join("xs/local/domain/0/name"), "Domain-0").unwrap();
         xenstored::serve(&directory.path().join("xenstored"), &directory.path().join("xs"));
         let program = env!("CARGO_BIN_EXE_dom0-migrator").into();
-        Self { directory, connecting: vec!["--plain".into()], program }
+        Self { directory, connecting: vec!["--plain".into()], program, sysfs: None }
+    }
+
+    /// The same, but that the kernel says there that a Xen runs below it, of a release that is known; no library of that is here.
+    fn on_xen(self) -> Self {
+        let sysfs = self.directory.path().join("sys");
+        let version = sysfs.join("hypervisor/version");
+        fs::create_dir_all(&version).unwrap();
+        fs::write(version.join("major"), "4\n").unwrap();
+        fs::write(version.join("minor"), "17\n").unwrap();
+        Self { sysfs: Some(sysfs), ..self }
     }
 
     fn with_certificates(self, directory: &Path) -> Self {
@@ -81,7 +93,15 @@ impl Host {
     fn command(&self, fault: &str) -> Command {
         let directory = self.directory.path();
         let path = std::env::var("PATH").unwrap_or_default();
-        let mut command = Command::new(&self.program);
+        let mut command = match &self.sysfs {
+            None => Command::new(&self.program),
+            Some(sysfs) => {
+                let mut command = Command::new("unshare");
+                let words = r#"mount --bind "$1" /sys && shift && exec "$@""#;
+                command.args(["--mount", "sh", "-c", words, "sh"]).arg(sysfs).arg(&self.program);
+                command
+            }
+        };
         command
             .env("PATH", format!("{}:{path}", directory.display()))
             .env("XENSTORED_PATH", directory.join("xenstored"))
@@ -772,5 +792,23 @@ fn where_the_helper_cannot_run_libxls_own_does_and_it_is_said() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(0), "{said}");
     assert!(said.contains("a plain migration with libxl's own helper follows: "), "{said}");
+    runs_only_at(&target, &source);
+}
+
+/// The source could run the helper; the target, which cannot, is believed.
+#[test]
+fn where_the_target_cannot_run_the_helper_libxls_own_does_and_it_is_said() {
+    let (source, target) = (Host::new().on_xen().with_domain(3, "db1"), Host::new());
+    let receiver = target.receive("", &[]);
+    let mut command = source.command("");
+    let output = command.args(["migrate", "db1", &receiver.address, "--plain"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(
+        said.contains(
+            "a plain migration with libxl's own helper follows: at the target: cannot read Xen's release"
+        ),
+        "{said}"
+    );
     runs_only_at(&target, &source);
 }

@@ -4,13 +4,14 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use enlightenment::Vdev;
 use proptest::prelude::*;
 
 use super::guest_stream::{Sent, beginning, disk_page, ending, other_page, page_data, record, restore};
-use super::pair::{Pair, XVDA, config, disk, map};
+use super::pair::{Pair, XVDA, collect, config, disk, map, only, plain_source, plain_target};
 use crate::engine::fault::{self, Point, Strike};
 use crate::engine::memory_record::{self, Builder, SpanKind};
 use crate::engine::page_hash::PageHasher;
@@ -19,6 +20,7 @@ use crate::engine::summary::DiskSummary;
 use crate::engine::xen_stream::{Entry, NOTAB, PAGE, record as kinds};
 use crate::engine::{
     Config, DiskName, EngineError, SourceFilter, SourceParts, StreamProblem, TargetFilter, TargetParts,
+    TargetSummary,
 };
 
 /// 32 pages, all of them on the disk.
@@ -112,6 +114,39 @@ impl LoneSource {
             }
         }
         pages
+    }
+}
+
+/// The key of a source that is the test itself.
+const KEY: [u8; 32] = [1; 32];
+
+/// A target filter whose source is the test itself, and has said hello.
+struct LoneTarget {
+    target: TargetFilter,
+    wire: UnixStream,
+    side: UnixStream,
+    restored: JoinHandle<Vec<u8>>,
+}
+
+impl LoneTarget {
+    fn start(disks: Vec<DiskName>, window_pages: u32, config: Config) -> Self {
+        let [wire, restored, mut side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+        let target = TargetFilter::start(TargetParts {
+            from_wire: OwnedFd::from(wire.1),
+            to_restore: OwnedFd::from(restored.0),
+            side: Some(OwnedFd::from(side.1)),
+            config,
+        })
+        .unwrap();
+        Hello { key: KEY, window_pages, disks }.write(&mut side.0).unwrap();
+        Answer::read(&mut side.0).unwrap();
+        Self { target, wire: wire.0, side: side.0, restored: collect(restored.1) }
+    }
+
+    /// The stream ends here: what the filter says of it, and what libxenguest could read.
+    fn finish(self) -> (Result<TargetSummary, EngineError>, Vec<u8>) {
+        drop(self.wire);
+        (self.target.finish(), self.restored.join().unwrap())
     }
 }
 
@@ -232,54 +267,36 @@ fn what_is_retained_is_sent_as_soon_as_the_side_channel_is_lost() {
 /// own hash, and is not what the PFN has any more.
 #[test]
 fn what_an_older_reference_brings_is_not_handed_on_in_place_of_a_newer_one() {
-    let [wire, restored, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
     let file = disk(64);
-    let target = TargetFilter::start(TargetParts {
-        from_wire: OwnedFd::from(wire.1),
-        to_restore: OwnedFd::from(restored.0),
-        side: Some(OwnedFd::from(side.1)),
-        // One read after the other, and what they bring in that order.
-        config: Config { io_uring: false, readers: 1, hashers: 1, ..config() },
-    })
-    .unwrap();
-    let mut source_side = side.0;
-    let key = [1; 32];
-    let disks = vec![DiskName { vdev: Vdev(XVDA), path: file.path().to_owned() }];
-    Hello { key, window_pages: 64, disks }.write(&mut source_side).unwrap();
-    Answer::read(&mut source_side).unwrap();
-    let mut to_restore = restored.1;
-    let reading = std::thread::spawn(move || {
-        let mut all = Vec::new();
-        to_restore.read_to_end(&mut all).unwrap();
-        all
-    });
+    // One read after the other, and what they bring in that order.
+    let one = Config { io_uring: false, readers: 1, hashers: 1, ..config() };
+    let mut lone = LoneTarget::start(only(&file), 64, one);
     let reference = |number: u64, page: u64| {
         let mut builder = Builder::default();
         let kind = SpanKind::Reference { disk: 0, offset: page * PAGE as u64 };
         builder.push(Entry { pfn: 5, page_type: NOTAB }, kind);
-        PageHasher::new(&key).hash_all(&[&disk_page(page)], &mut builder.hashes);
+        PageHasher::new(&KEY).hash_all(&[&disk_page(page)], &mut builder.hashes);
         let mut body = Vec::new();
         builder.write_head(number, &mut body);
         record(memory_record::RECORD_TYPE, &body)
     };
-    let mut from_wire = wire.0;
     fault::strike(file.path(), Point::DiskRead, Strike::Held);
-    from_wire.write_all(&beginning()).unwrap();
-    from_wire.write_all(&reference(0, 20)).unwrap();
+    lone.wire.write_all(&beginning()).unwrap();
+    lone.wire.write_all(&reference(0, 20)).unwrap();
     fault::wait_for_held(file.path(), Point::DiskRead, 1);
-    from_wire.write_all(&reference(1, 21)).unwrap();
-    while target.stats().references < 2 {
+    lone.wire.write_all(&reference(1, 21)).unwrap();
+    while lone.target.stats().references < 2 {
         std::thread::sleep(Duration::from_millis(5));
     }
     fault::lift(file.path(), Point::DiskRead);
     // The second is what the verdict is on.
-    let Report::Verdicts(verdicts) = Report::read(&mut source_side).unwrap() else { panic!("no verdict") };
+    let Report::Verdicts(verdicts) = Report::read(&mut lone.side).unwrap() else { panic!("no verdict") };
     assert_eq!((verdicts.accepted, verdicts.refused), (vec![(1, 1)], vec![]));
-    from_wire.write_all(&ending()).unwrap();
-    drop(from_wire);
-    let stats = target.finish().unwrap().stats;
+    lone.wire.write_all(&ending()).unwrap();
+    let (ended, restored) = lone.finish();
+    let stats = ended.unwrap().stats;
     assert_eq!((stats.references_superseded, stats.references_accepted), (1, 1));
-    let found = restore(&reading.join().unwrap());
+    let found = restore(&restored);
     assert_eq!(found.memory[&5].1, Some(disk_page(21)));
 }
 
@@ -295,9 +312,7 @@ fn without_an_answer_everything_goes_raw() {
         config: Config { hello_timeout: Duration::from_millis(50), ..config() },
     })
     .unwrap();
-    let mut stream = beginning();
-    stream.extend(page_data(&clean_pages()));
-    stream.extend(ending());
+    let stream = [beginning(), page_data(&clean_pages()), ending()].concat();
     let (mut from, mut to) = (save.0, wire.1);
     let expected = stream.clone();
     let writer = std::thread::spawn(move || from.write_all(&stream).unwrap());
@@ -311,14 +326,9 @@ fn without_an_answer_everything_goes_raw() {
 #[test]
 fn disks_that_cannot_be_opened_leave_pages_raw() {
     let disks = vec![DiskName { vdev: Vdev(XVDA), path: "/no/such/disk".into() }];
-    let mut pair = Pair::start(map((0..32).map(|pfn| (pfn, pfn))), disks, config(), config());
-    let mut stream = beginning();
-    stream.extend(page_data(&clean_pages()));
-    stream.extend(ending());
-    pair.write(&stream);
-    let outcome = pair.finish();
-    assert_eq!(restore(&outcome.stream), restore(&stream));
-    let source = outcome.source.unwrap();
+    let pair = Pair::start(map((0..32).map(|pfn| (pfn, pfn))), disks, config(), config());
+    let stream = [beginning(), page_data(&clean_pages()), ending()].concat();
+    let source = pair.carry(&stream).source.unwrap();
     assert_eq!((source.stats.pages_disk_missing, source.stats.pages_raw), (32, 32));
     assert!(source.disks[0].problem.as_ref().unwrap().contains("/no/such/disk"));
 }
@@ -326,21 +336,15 @@ fn disks_that_cannot_be_opened_leave_pages_raw() {
 #[test]
 fn a_target_that_names_its_own_disks_opens_no_other() {
     let (wrong, right) = (disk(1), disk(64));
-    let own = vec![DiskName { vdev: Vdev(XVDA), path: right.path().to_owned() }];
     let named = |vdev, file: &tempfile::NamedTempFile| DiskName { vdev, path: file.path().to_owned() };
-    let mut pair = Pair::start(
+    let pair = Pair::start(
         map((0..32).map(|pfn| (pfn, pfn))),
         vec![named(Vdev(XVDA + 16), &right), named(Vdev(XVDA), &wrong)],
         config(),
-        Config { own_disks: Some(own), ..config() },
+        Config { own_disks: Some(only(&right)), ..config() },
     );
-    let mut stream = beginning();
-    stream.extend(page_data(&clean_pages()));
-    stream.extend(ending());
-    pair.write(&stream);
-    let outcome = pair.finish();
-    assert_eq!(restore(&outcome.stream), restore(&stream));
-    let source = outcome.source.unwrap();
+    let stream = [beginning(), page_data(&clean_pages()), ending()].concat();
+    let source = pair.carry(&stream).source.unwrap();
     assert_eq!(source.stats.references_accepted, 32);
     assert!(source.disks[0].problem.is_some() && source.disks[1].problem.is_none());
 }
@@ -400,61 +404,29 @@ fn until_read(bytes: usize, bytes_in: impl Fn() -> u64) {
 #[test]
 fn what_was_sent_off_last_and_is_not_taken_is_an_error_on_either_side() {
     let stream = long_stream();
-    let [save, wire] = std::array::from_fn(|_| UnixStream::pair().unwrap());
-    let source = SourceFilter::start(SourceParts {
-        from_save: OwnedFd::from(save.1),
-        to_wire: OwnedFd::from(wire.0),
-        side: None,
-        map: map([]),
-        disks: Vec::new(),
-        config: config(),
-    })
-    .unwrap();
-    (&save.0).write_all(&stream).unwrap();
+    let (mut save, source, wire) = plain_source(map([]), config());
+    save.write_all(&stream).unwrap();
     until_read(stream.len(), || source.stats().bytes_in);
-    drop(wire.1);
+    drop(wire);
     let ended = source.finish();
     assert!(matches!(ended, Err(EngineError::Io { .. })), "{ended:?}");
 
-    let [wire, restored] = std::array::from_fn(|_| UnixStream::pair().unwrap());
-    let target = TargetFilter::start(TargetParts {
-        from_wire: OwnedFd::from(wire.1),
-        to_restore: OwnedFd::from(restored.0),
-        side: None,
-        config: config(),
-    })
-    .unwrap();
-    (&wire.0).write_all(&stream).unwrap();
+    let mut wire = UnixStream::pair().unwrap();
+    let (target, restored) = plain_target(wire.1);
+    wire.0.write_all(&stream).unwrap();
     until_read(stream.len(), || target.stats().bytes_in);
-    drop(restored.1);
+    drop(restored);
     let ended = target.finish();
     assert!(matches!(ended, Err(EngineError::Io { .. })), "{ended:?}");
 }
 
 /// Feeds bytes to a target filter that has been told hello; what it says of them.
-fn target_says(stream: &[u8], window_pages: u32) -> Result<crate::engine::TargetSummary, EngineError> {
-    let [wire, restored, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+fn target_says(stream: &[u8], window_pages: u32) -> Result<TargetSummary, EngineError> {
     let file = disk(64);
-    let target = TargetFilter::start(TargetParts {
-        from_wire: OwnedFd::from(wire.1),
-        to_restore: OwnedFd::from(restored.0),
-        side: Some(OwnedFd::from(side.1)),
-        config: config(),
-    })
-    .unwrap();
-    let mut source_side = side.0;
-    let disks = vec![DiskName { vdev: Vdev(XVDA), path: file.path().to_owned() }];
-    Hello { key: [1; 32], window_pages, disks }.write(&mut source_side).unwrap();
-    Answer::read(&mut source_side).unwrap();
-    let mut to_restore = restored.1;
-    let reader = std::thread::spawn(move || to_restore.read_to_end(&mut Vec::new()));
-    let mut from_wire = wire.0;
+    let mut lone = LoneTarget::start(only(&file), window_pages, config());
     // A filter that has refused the stream no longer reads it.
-    let _ = from_wire.write_all(stream);
-    drop(from_wire);
-    let result = target.finish();
-    reader.join().unwrap().unwrap();
-    result
+    let _ = lone.wire.write_all(stream);
+    lone.finish().0
 }
 
 fn references(first: u64, pfns: std::ops::Range<u64>) -> Vec<u8> {
@@ -469,7 +441,7 @@ fn references(first: u64, pfns: std::ops::Range<u64>) -> Vec<u8> {
     record(memory_record::RECORD_TYPE, &body)
 }
 
-fn problem(result: Result<crate::engine::TargetSummary, EngineError>) -> StreamProblem {
+fn problem(result: Result<TargetSummary, EngineError>) -> StreamProblem {
     match result {
         Err(EngineError::Stream { problem, .. }) => problem,
         other => panic!("expected a stream error, not {other:?}"),
@@ -508,35 +480,21 @@ fn a_hostile_source_is_told_what_is_wrong() {
 /// kept of them.
 #[test]
 fn a_source_that_reads_no_verdicts_is_given_up() {
-    let [wire, restored, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
-    let target = TargetFilter::start(TargetParts {
-        from_wire: OwnedFd::from(wire.1),
-        to_restore: OwnedFd::from(restored.0),
-        side: Some(OwnedFd::from(side.1)),
-        config: Config { max_outstanding: 64, ..config() },
-    })
-    .unwrap();
-    let mut source_side = side.0;
-    Hello { key: [1; 32], window_pages: 64, disks: Vec::new() }.write(&mut source_side).unwrap();
-    Answer::read(&mut source_side).unwrap();
-    let mut to_restore = restored.1;
-    let reader = std::thread::spawn(move || to_restore.read_to_end(&mut Vec::new()));
-    let mut from_wire = wire.0;
-    from_wire.write_all(&beginning()).unwrap();
+    let few = Config { max_outstanding: 64, ..config() };
+    let mut lone = LoneTarget::start(Vec::new(), 64, few);
+    lone.wire.write_all(&beginning()).unwrap();
     let mut first = 0;
-    while !target.stats().side_channel_lost {
+    while !lone.target.stats().side_channel_lost {
         assert!(first < 50_000_000, "verdicts are kept without end");
-        from_wire.write_all(&references(first, 0..64)).unwrap();
+        lone.wire.write_all(&references(first, 0..64)).unwrap();
         first += 64;
     }
     // Its pages come all the same.
     let pages: Vec<_> = (0..64).map(|pfn| Sent::page(pfn, other_page(pfn))).collect();
-    from_wire.write_all(&page_data(&pages)).unwrap();
-    from_wire.write_all(&ending()).unwrap();
-    let summary = target.finish().unwrap();
+    lone.wire.write_all(&page_data(&pages)).unwrap();
+    lone.wire.write_all(&ending()).unwrap();
+    let summary = lone.finish().0.unwrap();
     assert_eq!((summary.stats.references_outstanding, summary.stats.references), (0, first));
-    reader.join().unwrap().unwrap();
-    drop(source_side);
 }
 
 #[test]
@@ -546,6 +504,23 @@ fn optional_records_pass() {
     assert_eq!(summary.stats.bytes_out, stream.len() as u64);
 }
 
+/// Places in a stream, and what stands there instead.
+type Bends = Vec<(proptest::sample::Index, u8)>;
+
+/// A stream with other bytes at some places of its beginning, rather than in page contents; and cut, or whole.
+fn bent(mut stream: Vec<u8>, beginning: usize, bends: &Bends, cut: proptest::sample::Index) -> Vec<u8> {
+    let whole = stream.len();
+    for (at, value) in bends {
+        stream[at.index(whole / 8) * 8 % beginning] = *value;
+    }
+    stream.truncate(cut.index(whole * 2).min(whole));
+    stream
+}
+
+fn bends() -> impl Strategy<Value = Bends> {
+    proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4)
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
@@ -553,9 +528,9 @@ proptest! {
     #[test]
     fn bent_streams_never_panic(
         cut in any::<proptest::sample::Index>(),
-        bends in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
+        bends in bends(),
     ) {
-        let mut stream = [
+        let stream = [
             beginning(),
             references(0, 0..4),
             page_data(&[Sent::page(0, other_page(0)), Sent::typed(1, 15, Vec::new())]),
@@ -563,14 +538,7 @@ proptest! {
             ending(),
         ]
         .concat();
-        let whole = stream.len();
-        for (at, value) in &bends {
-            // Bends in what is parsed, rather than in page contents.
-            let at = at.index(whole / 8) * 8 % 1400;
-            stream[at] = *value;
-        }
-        stream.truncate(cut.index(whole * 2).min(whole));
-        if let Err(EngineError::Panicked) = target_says(&stream, 8) {
+        if let Err(EngineError::Panicked) = target_says(&bent(stream, 1400, &bends, cut), 8) {
             prop_assert!(false, "panicked");
         }
     }
@@ -579,10 +547,10 @@ proptest! {
     #[test]
     fn bent_saves_never_panic(
         cut in any::<proptest::sample::Index>(),
-        bends in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
+        bends in bends(),
         side in any::<bool>(),
     ) {
-        let mut stream = [
+        let stream = [
             beginning(),
             page_data(&clean_pages()),
             page_data(&[Sent::page(0, other_page(0)), Sent::typed(1, 15, Vec::new())]),
@@ -590,27 +558,14 @@ proptest! {
         ]
         .concat();
         let whole = stream.len();
-        for (at, value) in &bends {
-            let at = at.index(whole / 8) * 8 % 1600;
-            stream[at] = *value;
-        }
-        stream.truncate(cut.index(whole * 2).min(whole));
+        let stream = bent(stream, 1600, &bends, cut);
         let quick = Config { drain_timeout: Duration::ZERO, ..config() };
         let result = if side {
             let lone = LoneSource::start(quick);
             feed(lone.save, lone.wire, lone.source, &stream)
         } else {
-            let [save, wire] = std::array::from_fn(|_| UnixStream::pair().unwrap());
-            let source = SourceFilter::start(SourceParts {
-                from_save: OwnedFd::from(save.1),
-                to_wire: OwnedFd::from(wire.0),
-                side: None,
-                map: map([]),
-                disks: Vec::new(),
-                config: quick,
-            })
-            .unwrap();
-            feed(save.0, wire.1, source, &stream)
+            let (save, source, wire) = plain_source(map([]), quick);
+            feed(save, wire, source, &stream)
         };
         prop_assert!(!matches!(result, Err(EngineError::Panicked)), "panicked");
         if bends.is_empty() {

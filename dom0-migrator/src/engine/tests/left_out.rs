@@ -6,15 +6,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use enlightenment::Vdev;
 use proptest::prelude::*;
 
 use super::guest_stream::{
     Sent, beginning, beginning_pvh, disk_page, ending, other_page, page_data, record, restore,
 };
-use super::pair::{Pair, XVDA, config, disk, map};
+use super::pair::{Pair, config, disk, map, only};
 use crate::engine::xen_stream::{NOTAB, PAGE, XALLOC, record as kinds};
-use crate::engine::{Config, DirtyLog, DiskName, EngineError, SourceStats};
+use crate::engine::{Config, DirtyLog, EngineError, SourceStats};
 
 const PFNS: u64 = 64;
 /// No page there.
@@ -82,7 +81,7 @@ impl World {
     fn start(translated: bool, ahead_bytes: u64, hints: &[(u64, u64)]) -> Self {
         let log = Arc::new(Log::default());
         let image = disk(PFNS);
-        let disks = vec![DiskName { vdev: Vdev(XVDA), path: image.path().to_owned() }];
+        let disks = only(&image);
         let config = Config { window_bytes: 8 << 20, ahead_bytes, ..config() };
         let held = Some(log.clone() as Arc<dyn DirtyLog>);
         let pair = Pair::with_log(map(hints.iter().copied()), disks, held, config.clone(), config);
@@ -90,6 +89,16 @@ impl World {
         let mut world = Self { log, memory, pair, stream: Vec::new(), translated };
         let head = if translated { beginning_pvh() } else { beginning() };
         world.write(&head);
+        world
+    }
+
+    /// One whose first pass has left out PFN 7.
+    fn with_a_page_left_out(translated: bool) -> Self {
+        let mut world = Self::start(translated, 12 << 20, &[]);
+        world.enter(0);
+        world.dirty(7, 1);
+        world.look();
+        world.send(&ALL);
         world
     }
 
@@ -134,6 +143,17 @@ impl World {
 
     fn hold(&self, is_held: bool) {
         self.pair.is_held.store(is_held, Ordering::Relaxed);
+    }
+
+    /// Sends all while nothing passes the wire; returns the pages that had gone before.
+    fn send_held(&mut self) -> u64 {
+        let before = self.pair.source.stats().pages_raw;
+        self.hold(true);
+        for batch in ALL.chunks(4) {
+            self.send(batch);
+        }
+        self.until(|stats| stats.pages_raw == before + PFNS);
+        before
     }
 
     fn catch_up(&self) {
@@ -260,12 +280,7 @@ fn what_waits_for_the_wire_is_left_out_too() {
             assert_eq!(world.log.clean(), ALL);
             world.enter(1);
         }
-        let before = world.pair.source.stats().pages_raw;
-        world.hold(true);
-        for batch in ALL.chunks(4) {
-            world.send(batch);
-        }
-        world.until(|stats| stats.pages_raw == before + PFNS);
+        let before = world.send_held();
         for pfn in 40..60 {
             world.dirty(pfn, 1000 + pfn);
         }
@@ -324,11 +339,7 @@ fn a_page_that_was_left_out_and_does_not_come_ends_the_migration() {
         // That a PV guest has no page there says nothing: its mark should have stayed.
         (false, true, true, false),
     ] {
-        let mut world = World::start(translated, 12 << 20, &[]);
-        world.enter(0);
-        world.dirty(7, 1);
-        world.look();
-        world.send(&ALL);
+        let mut world = World::with_a_page_left_out(translated);
         world.suspend();
         if is_removed {
             // Xen takes it out of the log, but for a PV guest.
@@ -351,11 +362,7 @@ fn a_page_that_was_left_out_while_it_waited_and_does_not_come_ends_the_migration
     for translated in [false, true] {
         let mut world = World::start(translated, 0, &[]);
         world.enter(0);
-        world.hold(true);
-        for batch in ALL.chunks(4) {
-            world.send(batch);
-        }
-        world.until(|stats| stats.pages_raw == PFNS);
+        world.send_held();
         world.dirty(50, 1);
         world.look();
         world.until(|stats| stats.pages_left_out == 1);
@@ -369,11 +376,7 @@ fn a_page_that_was_left_out_while_it_waited_and_does_not_come_ends_the_migration
 /// Nobody has told the filter that the domain is suspended: the end of memory is one all the same.
 #[test]
 fn nothing_is_missing_at_the_end_whatever_the_filter_was_told() {
-    let mut world = World::start(false, 12 << 20, &[]);
-    world.enter(0);
-    world.dirty(7, 1);
-    world.look();
-    world.send(&ALL);
+    let world = World::with_a_page_left_out(false);
     world.catch_up();
     assert_eq!(world.log.clean(), [7]);
     let ended = world.finish(None, false);

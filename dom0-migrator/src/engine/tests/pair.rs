@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use enlightenment::{ListKind, Pfn, Run, Vdev};
 use nix::sys::socket::{setsockopt, sockopt};
 
-use super::guest_stream::disk_page;
+use super::guest_stream::{disk_page, restore};
 use crate::engine::{
     Config, DirtyLog, DiskName, EngineError, ReferenceMap, SourceFilter, SourceParts, SourceSummary,
     TargetFilter, TargetParts, TargetSummary,
@@ -32,6 +32,37 @@ pub fn disk(pages: u64) -> tempfile::NamedTempFile {
     file.write_all(&[1; 512]).unwrap();
     file.flush().unwrap();
     file
+}
+
+/// That it is the domain's one disk.
+pub fn only(disk: &tempfile::NamedTempFile) -> Vec<DiskName> {
+    vec![DiskName { vdev: Vdev(XVDA), path: disk.path().to_owned() }]
+}
+
+/// A source filter by itself, without a side channel: where the save writes, and what comes out.
+pub fn plain_source(map: ReferenceMap, config: Config) -> (UnixStream, SourceFilter, UnixStream) {
+    let [save, wire] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+    let parts = SourceParts {
+        from_save: OwnedFd::from(save.1),
+        to_wire: OwnedFd::from(wire.0),
+        side: None,
+        map,
+        disks: Vec::new(),
+        config,
+    };
+    (save.0, SourceFilter::start(parts).unwrap(), wire.1)
+}
+
+/// A target filter likewise, behind a wire: it, and what comes out.
+pub fn plain_target(wire: UnixStream) -> (TargetFilter, UnixStream) {
+    let restored = UnixStream::pair().unwrap();
+    let parts = TargetParts {
+        from_wire: OwnedFd::from(wire),
+        to_restore: OwnedFd::from(restored.0),
+        side: None,
+        config: config(),
+    };
+    (TargetFilter::start(parts).unwrap(), restored.1)
 }
 
 /// A map in which each PFN lies in a page of the disk.
@@ -115,7 +146,8 @@ pub struct Outcome {
     pub left_on_wire: Vec<u8>,
 }
 
-fn collect(mut from: UnixStream) -> JoinHandle<Vec<u8>> {
+/// Reads to the end, from a thread of its own.
+pub fn collect(mut from: UnixStream) -> JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
         let mut all = Vec::new();
         from.read_to_end(&mut all).unwrap();
@@ -179,12 +211,19 @@ impl Pair {
 
     /// With one disk, and both sides set up alike.
     pub fn simple(map: ReferenceMap, disk: &tempfile::NamedTempFile, config: Config) -> Self {
-        let disks = vec![DiskName { vdev: Vdev(XVDA), path: disk.path().to_owned() }];
-        Self::start(map, disks, config.clone(), config)
+        Self::start(map, only(disk), config.clone(), config)
     }
 
     pub fn write(&mut self, bytes: &[u8]) {
         self.save.write_all(bytes).unwrap();
+    }
+
+    /// A whole stream, of which the restore makes the same guest.
+    pub fn carry(mut self, stream: &[u8]) -> Outcome {
+        self.write(stream);
+        let outcome = self.finish();
+        assert_eq!(restore(&outcome.stream), restore(stream));
+        outcome
     }
 
     /// The save has written all: waits for both filters, and looks at what is left on the wire.

@@ -1,5 +1,5 @@
 //! libFuzzer around one target, the one that the environment variable `POOLSKIP_FUZZ_TARGET` names (`cargo xtask fuzz` sets it). When it
-//! names `list`, the program says which there are, with the longest input of each; `seeds` writes inputs that are right into the
+//! names `list`, the program says which there are, with the longest input of each and its rooms; `seeds` writes inputs that are right into the
 //! directory `POOLSKIP_FUZZ_SEEDS`, one folder for each target.
 #![no_main]
 
@@ -23,7 +23,8 @@ fn choose() {
     }
     let done = if name == "seeds" { write_seeds() } else { Ok(()) };
     for target in TARGETS {
-        println!("{}\t{}\t{}", target.name, target.longest, target.about);
+        let rooms: Vec<_> = target.rooms().collect();
+        println!("{}\t{}\t{}\t{}", target.name, target.longest, rooms.join(","), target.about);
     }
     std::process::exit(i32::from(done.is_err() || !matches!(name.as_str(), "list" | "seeds")));
 }

@@ -1,4 +1,4 @@
-//! mysqld's memory.
+//! mysqld's memory, and what is known of its builds.
 
 use std::sync::OnceLock;
 
@@ -105,5 +105,19 @@ pub fn control_blocks(data: &[u8]) {
     let mut spaces = SpacesInMemory::new(&memory, build);
     for address in [0, POOL, BLOCKS, u64::MAX] {
         assert!(spaces.get(address).is_none() || address != 0);
+    }
+}
+
+/// An entry that is taken has its offsets where fields can be.
+pub fn catalogue(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let Ok(catalogue) = Catalogue::parse(text) else { return };
+    for build in catalogue.builds() {
+        assert!(catalogue.find(&build.build_id).is_ok());
+        let layout = build.event_layout(1);
+        assert_eq!(layout.block_frame as usize, build.block.frame);
+        assert!(build.space_bytes() >= build.space.id + 4);
+        let again = build.to_toml().unwrap();
+        assert_eq!(Catalogue::parse(&again).unwrap().builds(), std::slice::from_ref(build));
     }
 }

@@ -5,7 +5,6 @@ use std::path::Path;
 use dom0_migrator::command::configuration::{Configuration, Rate};
 use dom0_migrator::handover::{Duty, SourceState, State, TargetState, record};
 use dom0_migrator::{html, report_file};
-use guest_probe::catalogue::Catalogue;
 use guest_probe::config::Config;
 
 /// A record that is taken says which side it is of, and what is to be done.
@@ -48,19 +47,5 @@ pub fn configuration(data: &[u8]) {
     }
     if let Ok(rate) = text.parse::<Rate>() {
         assert_eq!(rate.to_string().parse(), Ok(rate));
-    }
-}
-
-/// An entry that is taken has its offsets where fields can be.
-pub fn catalogue(data: &[u8]) {
-    let Ok(text) = std::str::from_utf8(data) else { return };
-    let Ok(catalogue) = Catalogue::parse(text) else { return };
-    for build in catalogue.builds() {
-        assert!(catalogue.find(&build.build_id).is_ok());
-        let layout = build.event_layout(1);
-        assert_eq!(layout.block_frame as usize, build.block.frame);
-        assert!(build.space_bytes() >= build.space.id + 4);
-        let again = build.to_toml().unwrap();
-        assert_eq!(Catalogue::parse(&again).unwrap().builds(), std::slice::from_ref(build));
     }
 }
