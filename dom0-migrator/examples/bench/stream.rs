@@ -5,6 +5,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
+use dom0_migrator::helper::LibraryEnd;
+
 use crate::Failed;
 use crate::roles::{Role, Told};
 
@@ -111,9 +113,9 @@ fn chain(args: &Args, roles: &[Role], more: &[String]) -> Result<Vec<Told>, Fail
             command.stdin(from);
         }
         if place + 1 < roles.len() {
-            let (near, far) = UnixStream::pair()?;
-            command.stdout(OwnedFd::from(near));
-            from = Some(OwnedFd::from(far));
+            let (near, far) = pair(place == 0, place + 2 == roles.len())?;
+            command.stdout(near);
+            from = Some(far);
         }
         children.push((role, command.spawn()?));
     }
@@ -130,6 +132,17 @@ fn chain(args: &Args, roles: &[Role], more: &[String]) -> Result<Vec<Told>, Fail
     (0..roles.len())
         .map(|place| Ok(serde_json::from_slice(&std::fs::read(report_path(directory.path(), place))?)?))
         .collect()
+}
+
+/// Two ends of a socket. libxenguest's own, which are the first and the last, are what the helper makes them.
+fn pair(from_save: bool, to_restore: bool) -> Result<(OwnedFd, OwnedFd), Failed> {
+    if !from_save && !to_restore {
+        let (near, far) = UnixStream::pair()?;
+        return Ok((near.into(), far.into()));
+    }
+    let (library, filter) = LibraryEnd::pair()?;
+    let library = library.as_fd().try_clone_to_owned()?;
+    Ok(if from_save { (library, filter) } else { (filter, library) })
 }
 
 fn report_path(directory: &Path, place: usize) -> PathBuf {

@@ -46,6 +46,7 @@ mod intake;
 pub mod late_writes;
 mod memory;
 pub mod memory_record;
+mod numbered;
 mod outlet;
 mod page_hash;
 mod pfn_hash;

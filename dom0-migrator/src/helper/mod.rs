@@ -36,6 +36,8 @@ use arguments::Arguments;
 use channel::{Channel, ChannelError};
 use message::Message;
 
+pub use stream::LibraryEnd;
+
 use crate::xen::CallError;
 use crate::xen::control::{Control, OpenError};
 use crate::xen::guest::Guest;

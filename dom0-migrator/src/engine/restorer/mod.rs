@@ -245,12 +245,7 @@ impl Restorer {
 
     /// Queues references; their numbers ascend from call to call.
     pub fn push(&self, wanted: impl Iterator<Item = (Key, Wanted)>) {
-        let runs = queue::runs(wanted, self.shared.bounds);
-        let mut waiting = self.shared.lock();
-        for run in runs {
-            waiting.queue.push(run);
-        }
-        drop(waiting);
+        self.shared.lock().queue.extend(wanted, self.shared.bounds);
         self.shared.work.notify_all();
     }
 

@@ -4,11 +4,13 @@
 //! With it go its neighbours on the disk, before and behind, as many as one read of bounded length covers: a pool's pages come in no
 //! order, so the more is waiting, the longer the reads become.
 //!
-//! References whose places and numbers follow each other, as those of a pool's frame mostly do, wait together: a [`Run`]. One of which most were taken
-//! out again is parted into what is left of it: whatever a source resends, memory is that of what waits.
+//! References whose places and numbers follow each other, as those of a pool's frame mostly do, wait together: a [`Run`], so that there are few of which
+//! the places are kept in order. One of which most were taken out again is parted into what is left of it: whatever a source resends, memory is that of what
+//! waits.
 
 use std::collections::BTreeMap;
 
+use super::super::numbered::Numbered;
 use super::super::xen_stream::{MAX_BATCH, PAGE};
 use super::{Key, Wanted};
 
@@ -29,65 +31,62 @@ pub(super) struct Bounds {
 }
 
 /// References that lie behind each other on the disk, and have numbers that follow each other.
-#[derive(Clone, Debug)]
-pub(super) struct Run {
+#[derive(Clone, Copy, Debug)]
+struct Run {
     first: Key,
-    /// None: it was taken out again.
-    wanted: Vec<Option<Wanted>>,
+    pages: usize,
+    /// Of them: those that were not taken out again.
     left: usize,
 }
 
 impl Run {
+    fn of(first: Key) -> Self {
+        Self { first, pages: 1, left: 1 }
+    }
+
     fn end(&self) -> u64 {
-        self.first.offset + (self.wanted.len() * PAGE) as u64
+        self.first.offset + (self.pages * PAGE) as u64
     }
 
-    fn continues_with(&self, key: Key) -> bool {
-        let numbers_follow = key.number == self.first.number + self.wanted.len() as u64;
-        key.disk == self.first.disk && key.offset == self.end() && numbers_follow
-    }
-
-    /// Whether it takes much more memory than what is left of it would.
-    fn is_thin(&self) -> bool {
-        self.left * THIN <= self.wanted.len()
-    }
-
-    fn into_wanted(self) -> impl Iterator<Item = (Key, Wanted)> {
+    /// The places of its references, taken out or not.
+    fn keys(self) -> impl Iterator<Item = Key> {
         let Key { disk, offset, number } = self.first;
-        (0_u64..).zip(self.wanted).filter_map(move |(index, wanted)| {
-            let key = Key { disk, offset: offset + index * PAGE as u64, number: number + index };
-            Some((key, wanted?))
+        (0..self.pages as u64).map(move |index| Key {
+            disk,
+            offset: offset + index * PAGE as u64,
+            number: number + index,
         })
+    }
+
+    /// Takes the reference in if it continues the run.
+    fn try_extend(&mut self, key: Key, longest: usize) -> bool {
+        let numbers_follow = key.number == self.first.number + self.pages as u64;
+        let continues = key.disk == self.first.disk && key.offset == self.end() && numbers_follow;
+        let joins = continues && self.pages < longest;
+        self.pages += usize::from(joins);
+        self.left += usize::from(joins);
+        joins
+    }
+
+    /// Whether its length says much more than what is left of it.
+    fn is_thin(&self) -> bool {
+        self.left * THIN <= self.pages
     }
 }
 
 /// A run is parted once no more than one in so many of its references is left.
 const THIN: usize = 4;
 
-/// Makes runs, none longer than a read, of references whose numbers ascend.
-pub(super) fn runs(references: impl Iterator<Item = (Key, Wanted)>, bounds: Bounds) -> Vec<Run> {
-    let longest = (bounds.read_bytes as usize / PAGE).clamp(1, MAX_BATCH);
-    let mut runs: Vec<Run> = Vec::new();
-    for (key, wanted) in references {
-        match runs.last_mut() {
-            Some(last) if last.wanted.len() < longest && last.continues_with(key) => {
-                last.wanted.push(Some(wanted));
-                last.left += 1;
-            }
-            _ => runs.push(Run { first: key, wanted: vec![Some(wanted)], left: 1 }),
-        }
-    }
-    runs.iter_mut().for_each(|run| run.wanted.shrink_to_fit());
-    runs
-}
-
 /// All that wait, by number and by place.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    /// By the number of its first reference.
+    wanted: Numbered<Wanted>,
+    /// Their runs, by the number of the first reference.
     by_number: BTreeMap<u64, Run>,
     /// By its first reference; with its length in pages.
     by_place: BTreeMap<Key, usize>,
+    /// The runs that a read takes.
+    taken: Vec<Run>,
 }
 
 impl Queue {
@@ -95,31 +94,52 @@ impl Queue {
         self.by_number.is_empty()
     }
 
-    /// Adds one.
-    pub(super) fn push(&mut self, run: Run) {
-        self.by_place.insert(run.first, run.wanted.len());
+    /// Adds references, whose numbers ascend, in runs that are no longer than a read.
+    pub(super) fn extend(&mut self, references: impl Iterator<Item = (Key, Wanted)>, bounds: Bounds) {
+        let longest = (bounds.read_bytes as usize / PAGE).clamp(1, MAX_BATCH);
+        let mut run: Option<Run> = None;
+        for (key, wanted) in references {
+            self.wanted.push(key.number, wanted);
+            if !run.as_mut().is_some_and(|run| run.try_extend(key, longest)) {
+                run.replace(Run::of(key)).into_iter().for_each(|run| self.push(run));
+            }
+        }
+        run.into_iter().for_each(|run| self.push(run));
+    }
+
+    fn push(&mut self, run: Run) {
+        self.by_place.insert(run.first, run.pages);
         self.by_number.insert(run.first.number, run);
     }
 
     pub(super) fn remove(&mut self, key: &Key) -> Option<Wanted> {
-        let (_, run) = self.by_number.range_mut(..=key.number).next_back()?;
-        let index = usize::try_from(key.number - run.first.number).ok()?;
-        let wanted = run.wanted.get_mut(index)?.take()?;
-        run.left -= 1;
-        if run.is_thin() {
-            let first = run.first;
-            self.by_place.remove(&first);
-            let run = self.by_number.remove(&first.number)?;
-            // They are no longer than the one that they come from.
-            let bounds = Bounds { read_bytes: u64::MAX, gap_bytes: 0 };
-            runs(run.into_wanted(), bounds).into_iter().for_each(|run| self.push(run));
+        let wanted = self.wanted.take(key.number)?;
+        if let Some((_, run)) = self.by_number.range_mut(..=key.number).next_back() {
+            run.left -= 1;
+            if run.is_thin() {
+                let run = *run;
+                self.part(run);
+            }
         }
         Some(wanted)
     }
 
+    /// Makes shorter runs of what is left of one.
+    fn part(&mut self, run: Run) {
+        self.by_place.remove(&run.first);
+        self.by_number.remove(&run.first.number);
+        let mut part: Option<Run> = None;
+        for key in run.keys() {
+            let is_left = self.wanted.get(key.number).is_some();
+            if is_left && !part.as_mut().is_some_and(|part| part.try_extend(key, run.pages)) {
+                part.replace(Run::of(key)).into_iter().for_each(|part| self.push(part));
+            }
+        }
+        part.into_iter().for_each(|part| self.push(part));
+    }
+
     pub(super) fn clear(&mut self) {
-        self.by_place.clear();
-        self.by_number.clear();
+        *self = Self::default();
     }
 
     /// Takes what the next read covers.
@@ -127,8 +147,8 @@ impl Queue {
         let (_, oldest) = self.by_number.pop_first()?;
         let Key { disk, offset, .. } = oldest.first;
         let (mut start, mut end) = (offset, oldest.end());
-        let mut pages = oldest.wanted.len();
-        let mut taken = vec![oldest.first];
+        let mut pages = oldest.pages;
+        let mut taken = std::mem::take(&mut self.taken);
         // Half of the read at most before it, so that what follows the oldest finds room as well.
         for (key, &length) in self.by_place.range(..oldest.first).rev() {
             let near = key.disk == disk && key.offset + (length * PAGE) as u64 + bounds.gap_bytes >= start;
@@ -137,8 +157,11 @@ impl Queue {
             }
             (start, end) = (start.min(key.offset), end.max(key.offset + (length * PAGE) as u64));
             pages += length;
-            taken.push(*key);
+            taken.push(Run { first: *key, pages: length, left: 0 });
         }
+        // In the order of the disk.
+        taken.reverse();
+        taken.push(oldest);
         for (key, &length) in self.by_place.range(oldest.first..).skip(1) {
             let its_end = key.offset + (length * PAGE) as u64;
             let near = key.disk == disk && key.offset <= end + bounds.gap_bytes;
@@ -147,17 +170,21 @@ impl Queue {
             }
             end = end.max(its_end);
             pages += length;
-            taken.push(*key);
+            taken.push(Run { first: *key, pages: length, left: 0 });
         }
         let mut wanted = Vec::with_capacity(pages);
-        let mut oldest = Some(oldest);
-        for key in taken {
-            self.by_place.remove(&key);
-            let run = oldest.take().or_else(|| self.by_number.remove(&key.number));
-            wanted.extend(run.into_iter().flat_map(Run::into_wanted));
+        for run in taken.drain(..) {
+            self.by_place.remove(&run.first);
+            self.by_number.remove(&run.first.number);
+            for key in run.keys() {
+                wanted.extend(self.wanted.take(key.number).map(|wanted| (key, wanted)));
+            }
         }
-        // In the order of the disk.
-        wanted.sort_unstable_by_key(|(key, _)| *key);
+        self.taken = taken;
+        // Runs may overlap.
+        if !wanted.is_sorted_by(|(a, _), (b, _)| a <= b) {
+            wanted.sort_unstable_by_key(|(key, _)| *key);
+        }
         Some(Job { wanted })
     }
 }
@@ -174,7 +201,7 @@ mod tests {
         let references = places.iter().zip(0_u64..).map(|(&(disk, offset), number)| {
             (Key { disk, offset, number }, Wanted { pfn: number, hash: [0; 16] })
         });
-        runs(references, BOUNDS).into_iter().for_each(|run| queue.push(run));
+        queue.extend(references, BOUNDS);
         queue
     }
 
@@ -219,7 +246,7 @@ mod tests {
         let waiting = || {
             let mut queue = Queue::default();
             let references = keys.into_iter().map(|key| (key, Wanted { pfn: key.number, hash: [0; 16] }));
-            runs(references, BOUNDS).into_iter().for_each(|run| queue.push(run));
+            queue.extend(references, BOUNDS);
             queue
         };
         let mut queue = waiting();
@@ -243,16 +270,16 @@ mod tests {
         let wanted = Wanted { pfn: 7, hash: [0; 16] };
         for number in 0..100_000 {
             let key = Key { disk: 0, offset: 0, number };
-            runs(std::iter::once((key, wanted)), BOUNDS).into_iter().for_each(|run| queue.push(run));
+            queue.extend(std::iter::once((key, wanted)), BOUNDS);
             assert!(number >= 99_990 || queue.remove(&key).is_some());
         }
-        assert_eq!((queue.by_number.len(), queue.by_place.len()), (10, 10));
+        assert_eq!((queue.by_number.len(), queue.by_place.len(), queue.wanted.len()), (10, 10, 10));
     }
 
     impl Queue {
-        /// References for which memory is held, taken out or not.
-        fn held(&self) -> usize {
-            self.by_number.values().map(|run| run.wanted.capacity()).sum()
+        /// References of all runs, taken out or not.
+        fn pages(&self) -> usize {
+            self.by_number.values().map(|run| run.pages).sum()
         }
 
         fn left(&self) -> usize {
@@ -272,13 +299,15 @@ mod tests {
                 let numbers = run * longest..(run + 1) * longest;
                 let wanted =
                     numbers.clone().map(|number| (key(number), Wanted { pfn: number, hash: [0; 16] }));
-                runs(wanted, bounds).into_iter().for_each(|run| queue.push(run));
+                queue.extend(wanted, bounds);
                 for number in numbers.filter(|number| number % longest != left) {
                     assert_eq!(queue.remove(&key(number)).unwrap().pfn, number);
                 }
             }
             assert_eq!((queue.left(), queue.by_number.len(), queue.by_place.len()), (200, 200, 200));
-            assert!(queue.held() <= 200 * THIN, "{}", queue.held());
+            assert!(queue.pages() <= 200 * THIN, "{}", queue.pages());
+            // 51,200 were put in.
+            assert!(queue.wanted.places() < 10_000, "{}", queue.wanted.places());
             // Places of the long runs that they were are near each other no more.
             let jobs = std::iter::from_fn(|| queue.next_job(bounds));
             let numbers: Vec<u64> = jobs.flat_map(|job| numbers(&job)).collect();
@@ -303,7 +332,7 @@ mod tests {
                 let (disk, offset) = places[number];
                 let was_there = queue.remove(&Key { disk, offset, number: number as u64 }).is_some();
                 prop_assert_eq!(was_there, left.remove(&(number as u64)));
-                prop_assert!(queue.left() == left.len() && queue.held() <= left.len() * THIN);
+                prop_assert!(queue.left() == left.len() && queue.pages() <= left.len() * THIN);
             }
             while let Some(job) = queue.next_job(BOUNDS) {
                 let oldest = *left.first().unwrap();

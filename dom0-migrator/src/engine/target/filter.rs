@@ -1,10 +1,10 @@
 //! The target's filter at work: what comes in, record by record, and what the readers bring.
 
-use std::collections::hash_map::Entry as MapEntry;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::{Receiver, never, select};
 
+use super::held::{Held, HeldReferences};
 use super::page_data_out::{PageDataOut, Pages};
 use super::side::{Agreed, Saying, Side, Verdict};
 use crate::engine::config::Config;
@@ -13,7 +13,6 @@ use crate::engine::intake::{Arrived, Dispatch, Incoming, Intake};
 use crate::engine::late_writes::{self, LateWrites};
 use crate::engine::memory_record::{self, MemoryRecord, PrivateRecord, SpanKind};
 use crate::engine::outlet::{Outlet, Parcel};
-use crate::engine::pfn_hash::PfnMap;
 use crate::engine::pool::Buffer;
 use crate::engine::restorer::{Batch, Key, Restorer, Wanted};
 use crate::engine::side_message::Refusal;
@@ -43,15 +42,6 @@ pub(super) struct Session {
     pub(super) restorer: Restorer,
     pub(super) max_outstanding: u32,
     pub(super) lost: bool,
-}
-
-/// A reference for which libxenguest has nothing yet.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Held {
-    pub(super) number: u64,
-    pub(super) disk: u8,
-    pub(super) offset: u64,
-    pub(super) waits_for_reader: bool,
 }
 
 /// What several reads have brought, on its way into one record.
@@ -102,9 +92,7 @@ pub(super) struct Filter {
     /// The side channel has ended, in peace or not.
     pub(super) side_ended: bool,
     pub(super) session: Option<Session>,
-    pub(super) held: PfnMap<Held>,
-    /// No PFN in `held` is higher.
-    pub(super) highest_held: u64,
+    pub(super) held: HeldReferences,
     pub(super) next_number: u64,
     pub(super) config: Config,
     pub(super) stats: TargetStats,
@@ -275,20 +263,19 @@ impl Filter {
         self.stats.disk_seconds += batch.read_seconds;
         self.stats.hashing_seconds += batch.hash_seconds;
         for loaded in &batch.loaded {
-            let MapEntry::Occupied(mut held) = self.held.entry(loaded.pfn) else { continue };
-            if held.get().number != loaded.number {
-                continue;
-            }
             match loaded.outcome {
                 Ok(at) => {
-                    held.remove();
+                    if self.held.take(loaded.number).is_none() {
+                        continue;
+                    }
                     let entry = Entry { pfn: loaded.pfn, page_type: NOTAB };
                     joined.pages.push_page(entry, joined.batches.len(), at..at + PAGE);
                     self.stats.references_accepted += 1;
                     joined.verdicts.push((loaded.number, Ok(())));
                 }
                 Err(reason) => {
-                    held.get_mut().waits_for_reader = false;
+                    let Some(held) = self.held.get_mut(loaded.number) else { continue };
+                    held.waits_for_reader = false;
                     count_refusal(&mut self.stats.refused, reason);
                     joined.verdicts.push((loaded.number, Err(reason)));
                 }
@@ -322,15 +309,11 @@ impl Filter {
 
     /// Drops the reference held for the PFN, since something newer has come.
     fn supersede(&mut self, pfn: u64, cancelled: &mut Vec<Key>) {
-        // In a pass PFNs ascend, so most are looked for in vain.
-        if self.held.is_empty() || pfn > self.highest_held {
-            return;
-        }
-        if let Some(held) = self.held.remove(&pfn)
+        if let Some((number, held)) = self.held.supersede(pfn)
             && held.waits_for_reader
         {
             self.stats.references_superseded += 1;
-            cancelled.push(Key { disk: held.disk, offset: held.offset, number: held.number });
+            cancelled.push(Key { disk: held.disk, offset: held.offset, number });
         }
     }
 
@@ -475,9 +458,7 @@ impl Filter {
         if let Some(session) = self.session.as_ref().filter(|session| !session.lost && !wanted.is_empty()) {
             // Unless they ascend, a PFN may stand twice in a record: the later entry has superseded the earlier.
             let held = &self.held;
-            session.restorer.push(wanted.into_iter().filter(|(key, wanted)| {
-                ascend || held.get(&wanted.pfn).is_some_and(|held| held.number == key.number)
-            }));
+            session.restorer.push(wanted.into_iter().filter(|(key, _)| ascend || held.contains(key.number)));
         }
         self.give_verdicts(verdicts);
         Ok(out)
@@ -501,8 +482,7 @@ impl Filter {
         if let Some(reason) = refused {
             count_refusal(&mut self.stats.refused, reason);
         }
-        self.highest_held = if self.held.is_empty() { pfn } else { self.highest_held.max(pfn) };
-        self.held.insert(pfn, Held { number, disk, offset, waits_for_reader: refused.is_none() });
+        self.held.hold(number, Held { pfn, offset, disk, waits_for_reader: refused.is_none() });
         Ok(refused)
     }
 }

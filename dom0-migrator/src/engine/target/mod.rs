@@ -21,6 +21,7 @@
 //! superpages out of PFNs that come in order in the first pass, and would find holes otherwise.
 
 mod filter;
+mod held;
 mod page_data_out;
 mod side;
 
@@ -37,10 +38,10 @@ use super::error::EngineError;
 use super::intake::Intake;
 use super::late_writes::LateWrites;
 use super::outlet::Outlet;
-use super::pfn_hash::PfnMap;
 use super::pool::Pool;
 use super::summary::{TargetStats, TargetSummary};
 use filter::{AsTheyAre, Filter, MAX_PRIVATE, Phase};
+use held::HeldReferences;
 use side::Side;
 
 /// Records of 4 MiB on their way through the filter at once.
@@ -114,8 +115,7 @@ impl TargetFilter {
             side,
             side_ended: false,
             session: None,
-            held: PfnMap::default(),
-            highest_held: 0,
+            held: HeldReferences::default(),
             next_number: 0,
             config,
             stats: TargetStats::default(),
