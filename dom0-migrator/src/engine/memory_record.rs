@@ -398,8 +398,13 @@ mod tests {
             for other in [0, VERSION + 1, u16::MAX] {
                 body[6..8].copy_from_slice(&other.to_le_bytes());
                 let parsed = PrivateRecord::parse(&body);
+                // What is shorter than a memory record is named by its length.
                 assert!(
-                    matches!(parsed, Err(StreamProblem::Private { version, .. }) if version == other),
+                    match parsed {
+                        Err(StreamProblem::Private { version, .. }) => version == other,
+                        Err(StreamProblem::Length { .. }) => body.len() < HEAD,
+                        _ => false,
+                    },
                     "{parsed:?}"
                 );
             }
