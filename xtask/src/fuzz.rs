@@ -135,7 +135,7 @@ pub fn smoke(seconds: u64) -> Result<()> {
 fn build() -> Result<(PathBuf, Vec<Target>)> {
     let directory = root().join("target/fuzz");
     // Before the compiler reads it: what changes meanwhile is other code than what was tried.
-    let code = Code::read(&root())?;
+    let code = Code::read(root())?;
     step("build the fuzz targets", || {
         let mut command = cargo();
         command

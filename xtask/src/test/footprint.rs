@@ -19,7 +19,9 @@ impl Footprint {
     pub(super) fn parse(text: &str) -> Result<Self> {
         let mut footprint = Self::default();
         for (kind, thing) in text.lines().filter_map(|line| line.split_once('\t')) {
-            footprint.0.entry(kind.to_owned()).or_default().insert(thing.to_owned());
+            if !is_of_any_migration(kind, thing) {
+                footprint.0.entry(kind.to_owned()).or_default().insert(thing.to_owned());
+            }
         }
         ensure!(footprint.0.remove("end").is_some(), "the look at the machine was cut short: {text:?}");
         for kind in ["file", "package", "unit", "process", "module", "listening"] {
@@ -44,6 +46,21 @@ impl Footprint {
     }
 }
 
+/// Whether it differs after any migration of xl's, with or without us: libxl keeps the configuration of a domain in a file that has the domain's
+/// number in its name, writes into xenstore from what a domain was booted only when it makes it anew, and leaves the two uppermost nodes on a host that
+/// has had one.
+fn is_of_any_migration(kind: &str, thing: &str) -> bool {
+    match kind {
+        "file" => thing.contains(" /var/lib/xen/userdata-d.") && thing.trim_end().ends_with(".libxl-json"),
+        "node" => {
+            let image = thing.strip_prefix("/vm/").and_then(|rest| rest.split_once("/image/"));
+            matches!(thing, "/vm" | "/libxl")
+                || image.is_some_and(|(_, from)| matches!(from, "kernel" | "ramdisk" | "cmdline"))
+        }
+        _ => false,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,6 +74,28 @@ mod tests {
         let after = Footprint::parse(&format!("{LITTLE}module\tpoolskip\nnode\t/x\nend\t\n")).unwrap();
         assert_eq!(after.since(&before), ["+ module poolskip", "- node /y", "+ node /x"]);
         assert!(before.since(&before).is_empty());
+    }
+
+    #[test]
+    fn what_any_migration_changes_is_none_of_ours() {
+        let before = Footprint::parse(&format!(
+            "{LITTLE}file\tf 600 0:0 1293 1.0 /var/lib/xen/userdata-d.1.37711179-f9ff.libxl-json \n\
+             node\t/vm/37711179-f9ff/image/kernel\nnode\t/vm/37711179-f9ff/image/ostype\nend\t\n"
+        ));
+        let after = Footprint::parse(&format!(
+            "{LITTLE}file\tf 600 0:0 1382 2.0 /var/lib/xen/userdata-d.2.37711179-f9ff.libxl-json \n\
+             node\t/vm/37711179-f9ff/image/ostype\nnode\t/vm\nnode\t/libxl\nend\t\n"
+        ));
+        assert!(after.unwrap().since(&before.unwrap()).is_empty());
+        for (kind, ours) in [
+            ("file", "f 644 0:0 1 1.0 /var/lib/xen/poolskip "),
+            ("file", "f 644 0:0 1 1.0 /var/lib/xen/userdata-d.1.x.poolskip "),
+            ("node", "/vm/37711179-f9ff/image/poolskip"),
+            ("node", "/vm/37711179-f9ff/poolskip/kernel"),
+            ("node", "/libxl/1/poolskip"),
+        ] {
+            assert!(!is_of_any_migration(kind, ours), "{kind} {ours}");
+        }
     }
 
     #[test]
