@@ -48,7 +48,8 @@ fn a_resident_probe_answers_and_ends_with_its_mysqld() -> Result<()> {
     }
     running.host.with(|state| -> Result<()> {
         let publish = state.publish.context("nothing is published")?;
-        ensure!(publish.generation == 2, "{publish:?}");
+        // At least one for each request: lists are built twice where a second look promises more.
+        ensure!(publish.generation >= 2 && publish.generation == state.generation, "{publish:?}");
         ensure!(publish.frames_read > 1_000, "{publish:?}");
         ensure!(state.by_process.keys().eq([&server.pid()]));
         let frames = publish.frames_read + publish.frames_written;
