@@ -26,6 +26,8 @@ pub const PROBE: &str = "/usr/local/bin/guest-probe";
 pub const ZSTD_PIPE: &str = "/usr/local/bin/zstd-pipe";
 /// Where the hostile program lies in the guest.
 pub const HOSTILE: &str = "/root/hostile-guest";
+/// Where the program lies in the guest that has its device model write.
+pub const DEVICE_WRITER: &str = "/root/device-writer";
 /// Where the ticker lies in the guest.
 const TICKER: &str = "/usr/local/bin/guest-ticker";
 /// The module in the guest.
@@ -62,6 +64,7 @@ pub struct Deployment {
     domains: PathBuf,
     probe: PathBuf,
     hostile: PathBuf,
+    device_writer: PathBuf,
     ticker: PathBuf,
     tpcc: PathBuf,
     zstd_pipe: PathBuf,
@@ -92,6 +95,7 @@ impl Deployment {
             domains: stripped("domains")?,
             probe: stripped("guest-probe")?,
             hostile: stripped("hostile-guest")?,
+            device_writer: stripped("device-writer")?,
             ticker: stripped("guest-ticker")?,
             tpcc: stripped("tpcc")?,
             zstd_pipe: stripped("zstd-pipe")?,
@@ -153,6 +157,16 @@ impl Deployment {
     /// When the guest cannot be reached.
     pub fn install_hostile(&self, lab: &Lab) -> Result<()> {
         step("putting the hostile program into the guest", || lab.guest().push(&self.hostile, HOSTILE, 0o755))
+    }
+
+    /// Puts the program into the guest that has its device model write.
+    ///
+    /// # Errors
+    /// When the guest cannot be reached.
+    pub fn install_device_writer(&self, lab: &Lab) -> Result<()> {
+        step("putting the program into the guest that has its device model write", || {
+            lab.guest().push(&self.device_writer, DEVICE_WRITER, 0o755)
+        })
     }
 
     /// Puts the load generator into the guest, and the compressing transport into both hosts: only benches need them.

@@ -4,10 +4,12 @@ mod advisories;
 mod bed;
 mod confined;
 mod deploy_cases;
+mod emulated;
 mod faults;
 mod footprint;
 mod guest_cases;
 mod hostile_case;
+mod hvm_cases;
 mod lab_cases;
 mod licences;
 mod opened;
@@ -34,7 +36,7 @@ use crate::{fuzz, mariadb, module_test, mysql, package, setup, volume_test};
 /// Run all tests.
 #[derive(clap::Args)]
 pub struct Args {
-    /// Only these parts; all but `fuzz`, `pvh` and `deploy` when none is named
+    /// Only these parts; all but `fuzz`, `pvh`, `hvm` and `deploy` when none is named
     #[arg(value_enum)]
     parts: Vec<Part>,
     /// Of the lab's cases, only those with this in their names; may be given more than once
@@ -89,6 +91,8 @@ enum Part {
     Lab,
     /// The same of a PVH guest, Debian 13 with Xen 4.20; only when it is named, for its migrations are slow under emulation
     Pvh,
+    /// Of an HVM guest with its device model, on the same hosts; only when it is named, for the same reason
+    Hvm,
     /// The quick start in the lab of whole Debian systems: deployed over ssh, migrated there and back, removed without a trace; only when
     /// it is named, for packages are slow to install under emulation
     Deploy,
@@ -107,6 +111,7 @@ impl Part {
             | Self::Volume => Vec::new(),
             Self::Lab => lab_cases::CASES.iter().map(|(name, _)| *name).collect(),
             Self::Pvh => pvh_cases::CASES.iter().map(|(name, _)| *name).collect(),
+            Self::Hvm => hvm_cases::CASES.iter().map(|(name, _)| *name).collect(),
             Self::Deploy => deploy_cases::CASES.iter().map(|(name, _)| *name).collect(),
         }
     }
@@ -145,9 +150,10 @@ pub fn run(args: &Args) -> Result<()> {
         Part::Volume,
         Part::Lab,
         Part::Pvh,
+        Part::Hvm,
         Part::Deploy,
     ];
-    let is_default = |part: &Part| !matches!(part, Part::Fuzz | Part::Pvh | Part::Deploy);
+    let is_default = |part: &Part| !matches!(part, Part::Fuzz | Part::Pvh | Part::Hvm | Part::Deploy);
     let mut named = args.parts.clone();
     if args.module {
         named.push(Part::Module);
@@ -182,6 +188,7 @@ pub fn run(args: &Args) -> Result<()> {
             Part::Volume => volume_test::run(),
             Part::Lab => lab_cases::run(&args.cases, !named.is_empty() || !args.cases.is_empty()),
             Part::Pvh => pvh_cases::run(&args.cases),
+            Part::Hvm => hvm_cases::run(&args.cases),
             Part::Deploy => deploy_cases::run(&args.cases),
         };
         match result {

@@ -47,6 +47,7 @@ const UNREAD: &[&str] = &[
     "usr/lib/x86_64-linux-gnu/perl-base",
     "usr/share/doc",
     "usr/share/info",
+    "usr/share/iso-codes",
     "usr/share/locale",
     "usr/share/man",
     "usr/share/perl",
@@ -83,7 +84,8 @@ impl Images {
         let area = Area::open(flavour.suite())?;
         let xen = flavour.xen();
         let xen = [format!("xen-hypervisor-{xen}-amd64"), format!("xen-utils-{xen}")];
-        let packages = area.resolve(&[PACKAGES, &xen.each_ref().map(String::as_str)].concat())?;
+        let packages =
+            area.resolve(&[PACKAGES, &xen.each_ref().map(String::as_str), flavour.packages()].concat())?;
         let files = FILES.iter().map(|&(path, mode, content)| (path, mode, flavour.adapted(content)));
         let files: Vec<_> = files.collect();
         let mut key = Key::new("lab-host-2").with(include_bytes!("files/initramfs-init"));
@@ -149,7 +151,12 @@ fn make(
     unpack(&area.download(packages)?, &root)?;
     boot_files(flavour, packages, &root, dir)?;
 
-    let of_releases = [format!("usr/lib/python{}", flavour.python()), format!("usr/lib/xen-{xen}/boot")];
+    let (firmware, hvmloader) = (format!("usr/lib/xen-{xen}/boot"), root.join("lab/hvmloader"));
+    if flavour.has_firmware() {
+        fs::rename(root.join(&firmware).join("hvmloader"), &hvmloader)
+            .context("Xen's packages have no hvmloader")?;
+    }
+    let of_releases = [format!("usr/lib/python{}", flavour.python()), firmware.clone()];
     for path in UNREAD.iter().copied().chain(of_releases.iter().map(String::as_str)) {
         match fs::remove_dir_all(root.join(path)) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -157,6 +164,10 @@ fn make(
             }
             _ => {}
         }
+    }
+    if flavour.has_firmware() {
+        fs::create_dir_all(root.join(&firmware))?;
+        fs::rename(hvmloader, root.join(&firmware).join("hvmloader"))?;
     }
     for (path, mode, content) in files {
         install(&root, path, *mode, content)?;

@@ -8,6 +8,8 @@ pub enum Flavour {
     Pv,
     /// A PVH guest, on Debian 13 with Xen 4.20, through hardware-assisted paging
     Pvh,
+    /// An HVM guest with its device model, on the hosts of the PVH guest and that device model's packages
+    Hvm,
     /// A PV guest as in the first, all three machines whole Debian 12 systems: systemd, dpkg, sshd. For what is installed and operated
     Debian,
 }
@@ -18,6 +20,7 @@ impl Flavour {
         match self {
             Self::Pv => "pv",
             Self::Pvh => "pvh",
+            Self::Hvm => "hvm",
             Self::Debian => "debian",
         }
     }
@@ -26,7 +29,7 @@ impl Flavour {
     pub const fn suite(self) -> &'static str {
         match self {
             Self::Pv | Self::Debian => "bookworm",
-            Self::Pvh => "trixie",
+            Self::Pvh | Self::Hvm => "trixie",
         }
     }
 
@@ -34,7 +37,7 @@ impl Flavour {
     pub(super) const fn xen(self) -> &'static str {
         match self {
             Self::Pv | Self::Debian => "4.17",
-            Self::Pvh => "4.20",
+            Self::Pvh | Self::Hvm => "4.20",
         }
     }
 
@@ -42,7 +45,7 @@ impl Flavour {
     pub(super) const fn python(self) -> &'static str {
         match self {
             Self::Pv | Self::Debian => "3.11",
-            Self::Pvh => "3.13",
+            Self::Pvh | Self::Hvm => "3.13",
         }
     }
 
@@ -56,7 +59,21 @@ impl Flavour {
         match self {
             Self::Pv | Self::Debian => "",
             Self::Pvh => " 'type=\"pvh\"'",
+            Self::Hvm => HVM,
         }
+    }
+
+    /// Packages of its hosts beside those of every host.
+    pub(super) const fn packages(self) -> &'static [&'static str] {
+        match self {
+            Self::Pv | Self::Pvh | Self::Debian => &[],
+            Self::Hvm => &["qemu-system-xen", "seabios"],
+        }
+    }
+
+    /// Whether its guest needs what Xen loads into a guest that boots as a computer does.
+    pub(super) const fn has_firmware(self) -> bool {
+        matches!(self, Self::Hvm)
     }
 
     /// Whether its machines are whole systems with a service manager and sshd.
@@ -67,9 +84,16 @@ impl Flavour {
     /// Whether the guest stands still while the lab is frozen: the state of a processor that is inside a hardware-assisted guest is more
     /// than QEMU is known to keep for an emulated one.
     pub(super) const fn is_frozen_paused(self) -> bool {
-        matches!(self, Self::Pvh)
+        matches!(self, Self::Pvh | Self::Hvm)
     }
 }
+
+/// The device model loads kernel and initrd, so there is no boot loader and no disk of one. Its devices are those that it has in any
+/// case, and a serial port that leads nowhere; no screen, no network of its own. Not `nographic`, for then the BIOS takes the serial
+/// port for its screen: under emulation it was still waiting for that port after 100 s. The guest's Linux unplugs the disk that the
+/// device model shows it, and uses Xen's.
+const HVM: &str = " 'type=\"hvm\"' 'device_model_version=\"qemu-xen\"' 'xen_platform_pci=1' 'serial=\"null\"' 'vga=\"none\"' \
+                   'vnc=0' 'sdl=0' 'usb=0' 'vif=[\"mac=00:16:3e:00:00:16,bridge=br1,script=/lab/vif-bridge,type=vif\"]'";
 
 #[cfg(test)]
 mod tests {

@@ -1,5 +1,5 @@
 //! The lab: two real Xen hosts under QEMU, a link between them, a disk that both see, and a guest with a warmed MySQL. There are two
-//! kinds of it: a PV guest on Xen 4.17, and a PVH guest on Xen 4.20.
+//! kinds of it: a PV guest on Xen 4.17, and a PVH or an HVM guest on Xen 4.20.
 
 mod cli;
 mod clock;

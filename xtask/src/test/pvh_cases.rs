@@ -1,20 +1,11 @@
 //! Cases of a PVH guest, on hosts with another Xen and another kernel than the PV guest's.
 
-use std::collections::VecDeque;
+use anyhow::Result;
 
-use anyhow::{Result, bail};
-
-use super::bed::{Bed, Case, chosen};
+use super::bed::Case;
 use super::guest_cases::{by_reference, lists_again, module_cases, saved_and_restored, tables_whole, unload};
-use super::{storage_cases, xl_case};
-use crate::deployment::Deployment;
-use crate::lab::{Flavour, Host, Lab};
-
-/// What the hypervisor says when a guest's processor can go on no longer.
-const TRIPLE_FAULT: &str = "Triple fault";
-
-/// How often the emulation may end a case by a triple fault: with one migration of six that it ends, six in a row are no chance.
-const MOST_FAULTS: u32 = 6;
+use super::{emulated, storage_cases, xl_case};
+use crate::lab::Flavour;
 
 /// All cases of the PVH guest, in their order.
 pub(super) const CASES: [Case; 9] = [
@@ -31,46 +22,8 @@ pub(super) const CASES: [Case; 9] = [
 
 /// Runs all cases whose names have one of `only` in them, or simply all; stops at the first that fails.
 ///
-/// Under emulation about one migration of a PVH guest in six ends in a triple fault of the guest, with the stock helper too: state of
-/// the hypervisor's is in the guest's registers then. The hypervisor says so by name. Then, and only then, and only so many times, a
-/// new lab is raised and the case begun again; how often that was is printed.
-///
 /// # Errors
 /// That of the first case that fails.
 pub(super) fn run(only: &[String]) -> Result<()> {
-    let mut left = VecDeque::from(chosen(&CASES, only));
-    if left.is_empty() {
-        return Ok(());
-    }
-    let deployment = Deployment::build(Flavour::Pvh)?;
-    let mut faults = 0;
-    while !left.is_empty() {
-        let bed = Bed::raise(&deployment, Flavour::Pvh)?;
-        while let Some(&case) = left.front() {
-            let Err(error) = bed.try_case(case) else {
-                left.pop_front();
-                continue;
-            };
-            if !faulted(&bed.lab) {
-                return Err(error);
-            }
-            faults += 1;
-            println!(
-                "lab case {} ... to be begun again: triple fault of the emulated guest, {faults} so far",
-                case.0
-            );
-            if faults >= MOST_FAULTS {
-                bail!("{faults} triple faults of the guest are no chance any more; the last one: {error:#}");
-            }
-            break;
-        }
-    }
-    println!("cases of the PVH guest: {faults} were begun again for a triple fault of the emulated guest");
-    Ok(())
-}
-
-/// Whether the hypervisor of either host has ended the guest by a triple fault.
-fn faulted(lab: &Lab) -> bool {
-    // A host that does not answer is another failure.
-    Host::BOTH.iter().any(|host| lab.xl_dmesg(*host).is_ok_and(|words| words.contains(TRIPLE_FAULT)))
+    emulated::run(Flavour::Pvh, &CASES, only)
 }
