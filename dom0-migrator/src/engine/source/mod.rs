@@ -282,7 +282,7 @@ impl SourceFilter {
         caught_up
     }
 
-    /// Call from libxenguest's thread, in the precopy policy, just before the domain is suspended. Returns when everything
+    /// Call from libxenguest's thread, just before the domain is suspended. Returns when everything
     /// written so far has been consumed and no reference is outstanding any more: what is not settled within
     /// [`Config::drain_timeout`] is sent as it is. It also waits until the target has handed all of that to libxenguest, so that
     /// nothing of it is still on the way while the domain is suspended. From then on nothing goes by reference.
@@ -293,8 +293,8 @@ impl SourceFilter {
         self.drain_until(true)
     }
 
-    /// As [`drain`](Self::drain), but does not wait for what is on the way. To be called when one more pass is sent before the domain
-    /// is suspended: each moment here, the guest writes more pages for that pass.
+    /// As [`drain`](Self::drain), but does not wait for what is on the way. To be called in the precopy policy, when one more pass is sent
+    /// before the domain is suspended: each moment here, the guest writes more pages for that pass.
     ///
     /// # Errors
     /// As [`drain`](Self::drain).

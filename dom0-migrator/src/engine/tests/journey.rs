@@ -194,14 +194,20 @@ fn a_tiny_window_lets_pages_go_raw() {
     assert_eq!(source.pages_referenced + source.pages_window_full, 24);
 }
 
-#[test]
-fn after_the_drain_all_is_in_libxenguests_hands_and_nothing_is_referred_to() {
-    let disk = disk(64);
-    let mut pair = Pair::simple(map((0..64).map(|pfn| (pfn, pfn))), &disk, config());
+/// Both filters, with the first pass written, of which all pages are listed; and what was written.
+fn after_the_first_pass(disk: &tempfile::NamedTempFile) -> (Pair, Vec<u8>) {
+    let mut pair = Pair::simple(map((0..64).map(|pfn| (pfn, pfn))), disk, config());
     pair.source.enter_round(0);
     let mut stream = beginning();
     stream.extend(page_data(&first_pass()));
     pair.write(&stream);
+    (pair, stream)
+}
+
+#[test]
+fn after_the_drain_all_is_in_libxenguests_hands_and_nothing_is_referred_to() {
+    let disk = disk(64);
+    let (mut pair, mut stream) = after_the_first_pass(&disk);
     let report = pair.source.drain().unwrap();
     assert!(report.synced, "{report:?}");
     assert_eq!(pair.target.stats().bytes_in, pair.source.stats().bytes_out);
@@ -225,11 +231,7 @@ fn after_the_drain_all_is_in_libxenguests_hands_and_nothing_is_referred_to() {
 #[test]
 fn references_are_settled_without_waiting_for_what_is_on_the_way() {
     let disk = disk(64);
-    let mut pair = Pair::simple(map((0..64).map(|pfn| (pfn, pfn))), &disk, config());
-    pair.source.enter_round(0);
-    let mut stream = beginning();
-    stream.extend(page_data(&first_pass()));
-    pair.write(&stream);
+    let (mut pair, mut stream) = after_the_first_pass(&disk);
     let report = pair.source.settle_references().unwrap();
     assert!(!report.synced, "{report:?}");
     assert_eq!(pair.source.stats().references_outstanding, 0);
