@@ -1,12 +1,13 @@
 //! Storage that is slow, or fails half-way: a migration then goes over the network, and no page is lost.
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use super::failures::LoneSource;
 use super::guest_stream::{Sent, beginning, disk_page, ending, page_data, restore};
 use super::pair::{Pair, config, disk, map};
-use crate::engine::Config;
+use crate::engine::{Config, SourceFilter, SourceStats};
 use crate::engine::side_message::Verdicts;
 use crate::engine::xen_stream::PAGE;
 
@@ -57,33 +58,42 @@ fn storage_at_a_tenth_of_the_links_pace_holds_nothing_up() {
     let mut stream = beginning();
     stream.extend(pages(0..4000));
     stream.extend(ending());
-    let (mut wire, mut side) = (lone.wire.try_clone().unwrap(), lone.side.try_clone().unwrap());
-    let target = std::thread::spawn(move || {
+    let (mut save, mut wire, mut side) = (lone.save, lone.wire, lone.side);
+    std::thread::scope(|threads| {
+        let all = &stream;
+        threads.spawn(move || save.write_all(all).unwrap());
         let (mut buffer, mut came, mut accepted) = (vec![0; 10 * PAGE], 0, 0);
-        while let Ok(length) = wire.read(&mut buffer) {
+        loop {
+            let length = wire.read(&mut buffer).unwrap();
             if length == 0 {
                 break;
             }
             came += length;
-            // Outstanding are at least as many: the window is full by then.
-            while accepted < came / (10 * PAGE) && came > 200 * PAGE {
-                let one = Verdicts { accepted: vec![(accepted as u64, 1)], refused: Vec::new() };
-                if one.write(&mut side).is_err() {
-                    break;
-                }
+            // No earlier than the window is full, and no longer than the source is sure to have pages left to send.
+            while accepted < (came / (10 * PAGE)) as u64 && (200..2000).contains(&(came / PAGE)) {
+                accept_next(&lone.source, &mut side, accepted);
                 accepted += 1;
             }
         }
     });
-    let mut save = lone.save;
-    save.write_all(&stream).unwrap();
-    drop(save);
     let stats = lone.source.finish().unwrap().stats;
-    drop((lone.wire, lone.side));
-    target.join().unwrap();
     assert!(!stats.side_channel_lost, "a verdict came for a page that was not outstanding: {stats:?}");
     assert!(stats.references_accepted > 100 && stats.pages_window_full > 3000, "{stats:?}");
     assert!(stats.references_outstanding_peak <= 64);
     let (most, sent) = (stream.len() as u64 * 101 / 100, stats.bytes_out);
     assert!(sent <= most, "{sent} bytes, {most} would be too many: {stats:?}");
+}
+
+/// Accepts the reference of this number once it is outstanding, and waits until the source counts it.
+fn accept_next(source: &SourceFilter, side: &mut UnixStream, number: u64) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let wait_for = |what: &dyn Fn(&SourceStats) -> bool| {
+        while !what(&source.stats()) {
+            assert!(Instant::now() < deadline, "verdict {number}: {:?}", source.stats());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    };
+    wait_for(&|stats| stats.references_outstanding > 0);
+    Verdicts { accepted: vec![(number, 1)], refused: Vec::new() }.write(side).unwrap();
+    wait_for(&|stats| stats.references_accepted == number + 1);
 }
