@@ -1,8 +1,9 @@
 //! What `migrate` and `receive` hand to the processes that libxl and xl start for them, and hear back.
 //!
 //! Between the command and the save helper stand xl, libxl and, on the source, a shell. The environment goes through all of
-//! them, so it carries the path of a unix socket in a private directory ([`ENVIRONMENT`]); the helper connects, says who it is,
-//! and gets its [`Order`] with the sockets that belong to it. So no descriptor has to be inherited through xl, whose
+//! them, so it carries the name of a unix socket ([`ENVIRONMENT`]); the helper connects, says who it is, and gets its [`Order`]
+//! with the sockets that belong to it. The name is an abstract one, which goes with its process however that one ends; each side
+//! looks at whose process the other one is. So no descriptor has to be inherited through xl, whose
 //! daemon would keep it open for as long as the domain lives.
 //!
 //! ```text
@@ -20,13 +21,15 @@
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nix::sys::socket::{
     self, AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, UnixAddr,
+    sockopt::PeerCredentials,
 };
 use serde::{Deserialize, Serialize};
 
+use crate::control::Token;
 use crate::engine::{TRAVEL_BYTES_MAX, Travel};
 use crate::helper::policy::Limits;
 use crate::parcel;
@@ -34,7 +37,7 @@ use crate::report::{CarriedReport, RestoreReport, SaveReport};
 use crate::timeline::{Mark, SourceSample};
 use crate::xen::DomainId;
 
-/// Environment variable with the socket's path.
+/// Environment variable with the socket's name, of hexadecimal digits.
 pub const ENVIRONMENT: &str = "POOLSKIP_HANDOFF";
 
 /// Longest message in a packet, in bytes; what is longer travels as a [`parcel`].
@@ -168,41 +171,44 @@ pub enum HandoffError {
     /// The order names a socket that did not come.
     #[error("the order came without its socket")]
     NoSocket,
+    /// The process at the other end is another user's.
+    #[error("process {pid} at the other end of the handoff socket belongs to user {user}")]
+    Stranger {
+        /// The process.
+        pid: i32,
+        /// Its user.
+        user: u32,
+    },
 }
 
 fn io(what: &'static str) -> impl FnOnce(nix::Error) -> HandoffError {
     move |error| HandoffError::Io { what, source: error.into() }
 }
 
-/// The command's end: a listening socket in a directory of its own, removed when dropped.
+/// The command's end: a listening socket.
 #[derive(Debug)]
 pub struct Listener {
     socket: OwnedFd,
-    path: PathBuf,
-    _directory: tempfile::TempDir,
+    name: String,
 }
 
 impl Listener {
-    /// Makes the directory and listens.
+    /// Listens under a new name.
     ///
     /// # Errors
     /// [`HandoffError::Io`].
     pub fn bind() -> Result<Self, HandoffError> {
-        let directory = tempfile::Builder::new()
-            .prefix("poolskip-")
-            .tempdir()
-            .map_err(|source| HandoffError::Io { what: "private directory", source })?;
-        let path = directory.path().join("handoff");
+        let token = Token::random().map_err(|source| HandoffError::Io { what: "a name", source })?;
+        let name = token.to_string();
         let socket = packet_socket()?;
-        let address = UnixAddr::new(&path).map_err(io("address"))?;
-        socket::bind(socket.as_raw_fd(), &address).map_err(io("bind"))?;
+        socket::bind(socket.as_raw_fd(), &address(&name)?).map_err(io("bind"))?;
         socket::listen(&socket, Backlog::new(8).map_err(io("listen"))?).map_err(io("listen"))?;
-        Ok(Self { socket, path, _directory: directory })
+        Ok(Self { socket, name })
     }
 
-    /// The path for [`ENVIRONMENT`].
-    pub fn path(&self) -> &Path {
-        &self.path
+    /// The name for [`ENVIRONMENT`].
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     /// Waits for a helper. Fails once [`close`](Self::close) was called.
@@ -210,10 +216,16 @@ impl Listener {
     /// # Errors
     /// [`HandoffError::Io`].
     pub fn accept(&self) -> Result<Peer, HandoffError> {
-        let accepted =
-            socket::accept4(self.socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC).map_err(io("accept"))?;
-        // SAFETY: the kernel has just given us this descriptor.
-        Ok(Peer(unsafe { OwnedFd::from_raw_fd(accepted) }))
+        loop {
+            let accepted =
+                socket::accept4(self.socket.as_raw_fd(), SockFlag::SOCK_CLOEXEC).map_err(io("accept"))?;
+            // SAFETY: the kernel has just given us this descriptor.
+            let accepted = unsafe { OwnedFd::from_raw_fd(accepted) };
+            match of_our_user(&accepted) {
+                Ok(()) => return Ok(Peer(accepted)),
+                Err(error) => tracing::warn!(%error, "turned away"),
+            }
+        }
     }
 
     /// Ends a waiting [`accept`](Self::accept), now and later.
@@ -235,17 +247,17 @@ impl Peer {
     /// # Errors
     /// [`HandoffError::Io`] when the command is gone.
     pub fn from_environment() -> Result<Option<Self>, HandoffError> {
-        std::env::var_os(ENVIRONMENT).map(|path| Self::connect(Path::new(&path))).transpose()
+        std::env::var_os(ENVIRONMENT).map(|name| Self::connect(&name.to_string_lossy())).transpose()
     }
 
-    /// Connects to a listener.
+    /// Connects to a listener by its name.
     ///
     /// # Errors
-    /// [`HandoffError::Io`].
-    pub fn connect(path: &Path) -> Result<Self, HandoffError> {
+    /// [`HandoffError::Io`], [`HandoffError::Stranger`].
+    pub fn connect(name: &str) -> Result<Self, HandoffError> {
         let socket = packet_socket()?;
-        let address = UnixAddr::new(path).map_err(io("address"))?;
-        socket::connect(socket.as_raw_fd(), &address).map_err(io("connect"))?;
+        socket::connect(socket.as_raw_fd(), &address(name)?).map_err(io("connect"))?;
+        of_our_user(&socket)?;
         Ok(Self(socket))
     }
 
@@ -375,6 +387,19 @@ impl Peer {
     }
 }
 
+fn address(name: &str) -> Result<UnixAddr, HandoffError> {
+    UnixAddr::new_abstract(format!("poolskip-{name}").as_bytes()).map_err(io("address"))
+}
+
+/// An abstract name has no permissions: anybody may connect to it, or listen under it once we are gone.
+fn of_our_user(socket: &OwnedFd) -> Result<(), HandoffError> {
+    let other = socket::getsockopt(socket, PeerCredentials).map_err(io("credentials"))?;
+    match other.uid() == nix::unistd::geteuid().as_raw() {
+        true => Ok(()),
+        false => Err(HandoffError::Stranger { pid: other.pid(), user: other.uid() }),
+    }
+}
+
 fn packet_socket() -> Result<OwnedFd, HandoffError> {
     socket::socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
         .map_err(io("socket"))
@@ -390,7 +415,7 @@ mod tests {
     #[test]
     fn an_order_comes_with_its_socket() {
         let listener = Listener::bind().unwrap();
-        let path = listener.path().to_owned();
+        let path = listener.name().to_owned();
         let helper = std::thread::spawn(move || {
             let peer = Peer::connect(&path).unwrap();
             let (order, socket) = peer.introduce(Role::Save, Some(DomainId(4))).unwrap();
@@ -423,7 +448,7 @@ mod tests {
         let said = Event::Phase("long ".repeat(200_000));
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let peer = Peer::connect(listener.path()).unwrap();
+                let peer = Peer::connect(listener.name()).unwrap();
                 peer.tell(&said).unwrap();
                 peer.tell(&Event::Travelled(travel())).unwrap();
                 peer.tell(&Event::Travelled(Travel::default())).unwrap();
@@ -436,6 +461,29 @@ mod tests {
             assert_eq!(peer.hear().unwrap(), Some(Event::Travelled(Travel::default())));
             assert_eq!(peer.hear().unwrap(), None);
         });
+    }
+
+    #[test]
+    fn another_user_s_process_is_turned_away() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("not tried: only root can be somebody else");
+            return;
+        }
+        let listener = Listener::bind().unwrap();
+        std::thread::scope(|scope| {
+            let stranger = scope.spawn(|| {
+                // Of this thread alone.
+                // SAFETY: a system call without pointers.
+                assert_eq!(unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) }, 0);
+                Peer::connect(listener.name())
+            });
+            let refused = stranger.join().unwrap();
+            assert!(matches!(refused, Err(HandoffError::Stranger { user: 0, .. })), "{refused:?}");
+        });
+        // Its connection still waits to be accepted, before ours.
+        let ours = Peer::connect(listener.name()).unwrap();
+        ours.tell(&Event::Phase("ours".into())).unwrap();
+        assert_eq!(listener.accept().unwrap().hear().unwrap(), Some(Event::Phase("ours".into())));
     }
 
     #[test]

@@ -3,7 +3,6 @@
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -23,7 +22,7 @@ pub struct Xl {
 }
 
 /// Prepares xl with its arguments, and with the helper that it is to start.
-pub fn xl(arguments: &[&str], helper: HelperKind, handoff: &Path) -> std::io::Result<Command> {
+pub fn xl(arguments: &[&str], helper: HelperKind, handoff: &str) -> std::io::Result<Command> {
     let mut command = Command::new("xl");
     command.args(arguments).env(handoff::ENVIRONMENT, handoff).process_group(0).stderr(Stdio::piped());
     match helper {

@@ -181,7 +181,7 @@ impl Session<'_> {
         tell: &Sender<Happening>,
     ) -> Result<(Xl, Inlet), SessionError> {
         let failed = || system("xl migrate-receive");
-        let mut command = child::xl(&["migrate-receive"], self.helper, listener.path()).map_err(failed())?;
+        let mut command = child::xl(&["migrate-receive"], self.helper, listener.name()).map_err(failed())?;
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let (heard, disks_of) = (heard.clone(), disks_of.clone());
         let mut xl = Xl::start(command, move |line| {

@@ -62,7 +62,7 @@ pub fn start_xl(
         arguments.push("--debug");
     }
     arguments.extend(["-s", "", &number, &transport]);
-    let command = child::xl(&arguments, helper, listener.path())?;
+    let command = child::xl(&arguments, helper, listener.name())?;
     let tell = tell.clone();
     Xl::start(command, move |line| drop(tell.send(Happening::Line(line.to_owned()))))
 }

@@ -19,7 +19,7 @@ fn hear(listener: &Listener) -> Vec<Event> {
 #[test]
 fn the_last_sample_has_all_and_the_map_has_every_page() {
     let listener = Listener::bind().unwrap();
-    let path = listener.path().to_owned();
+    let path = listener.name().to_owned();
     let hearing = std::thread::spawn(move || hear(&listener));
     let peer = std::sync::Arc::new(Peer::connect(&path).unwrap());
 
