@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use super::failures::LoneSource;
 use super::guest_stream::{Sent, beginning, disk_page, ending, page_data, restore};
 use super::pair::{Pair, config, disk, map};
-use crate::engine::{Config, SourceFilter, SourceStats};
 use crate::engine::side_message::Verdicts;
 use crate::engine::xen_stream::PAGE;
+use crate::engine::{Config, SourceFilter, SourceStats};
 
 fn pages(range: std::ops::Range<u64>) -> Vec<u8> {
     let sent: Vec<_> = range.map(|pfn| Sent::page(pfn, disk_page(pfn))).collect();
