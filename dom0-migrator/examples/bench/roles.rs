@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! generate ─► source ═► target ─► sink        with the filters, a side channel between them
-//! generate ─► copy   ═► copy   ─► sink        the baseline: the same sockets
+//! generate ─► copy   ═► copy   ─► sink        the baseline: sockets alone
 //! generate ─► source ═► wire ═► target ─► sink        the wire lets so many bytes a second through
 //! ```
 
+use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -232,7 +233,7 @@ fn copy(rate: u64) -> Result<Told, Failed> {
 }
 
 fn sink(check: bool) -> Result<Told, Failed> {
-    let mut from = UnixStream::from(standard(io::stdin())?);
+    let mut from = File::from(standard(io::stdin())?);
     let mut told = Told::default();
     let mut began = None;
     if check {
@@ -252,7 +253,7 @@ fn sink(check: bool) -> Result<Told, Failed> {
 }
 
 /// Reads the stream as libxenguest would: the last content of each PFN counts.
-fn check_all(from: &mut UnixStream, told: &mut Told) -> Result<(), Failed> {
+fn check_all(from: &mut File, told: &mut Told) -> Result<(), Failed> {
     let mut memory = std::collections::HashMap::new();
     from.read_exact(&mut [0; 40])?;
     loop {

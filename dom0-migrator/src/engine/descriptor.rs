@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, IoSlice, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{SpliceFFlags, vmsplice};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::error::{EngineError, StreamProblem};
@@ -183,11 +185,25 @@ impl Input {
 pub struct Output {
     file: File,
     bytes: u64,
+    lends: bool,
 }
 
 impl Output {
     pub fn new(fd: OwnedFd) -> Self {
-        Self { file: File::from(fd), bytes: 0 }
+        Self { file: File::from(fd), bytes: 0, lends: false }
+    }
+
+    /// One that [lends](Self::lend_slices), if it is a pipe. Whoever reads it must do so by `read(2)` or the like: what is spliced or teed out of the
+    /// pipe counts as read, and its memory is still in use.
+    pub fn lending(fd: OwnedFd) -> Self {
+        let file = File::from(fd);
+        let lends = file.metadata().is_ok_and(|data| data.file_type().is_fifo());
+        Self { file, bytes: 0, lends }
+    }
+
+    /// Whether it lends.
+    pub fn lends(&self) -> bool {
+        self.lends
     }
 
     /// Bytes written so far.
@@ -196,13 +212,44 @@ impl Output {
     }
 
     /// Writes all slices, in order.
-    pub fn write_slices(&mut self, mut slices: &mut [IoSlice<'_>]) -> Result<(), EngineError> {
+    pub fn write_slices(&mut self, slices: &mut [IoSlice<'_>]) -> Result<(), EngineError> {
+        self.write_by(slices, |mut file, slices| file.write_vectored(slices))
+    }
+
+    /// Puts all slices into the pipe, in order, without copying them: who reads reads this very memory, which must stay as it is until
+    /// [`read`](Self::read) has come to where they end.
+    pub fn lend_slices(&mut self, slices: &mut [IoSlice<'_>]) -> Result<(), EngineError> {
+        self.write_by(slices, |file, slices| Ok(vmsplice(file, slices, SpliceFFlags::empty())?))
+    }
+
+    /// Of the bytes written to a pipe: those that were read.
+    pub fn read(&self) -> Result<u64, EngineError> {
+        let mut unread: libc::c_int = 0;
+        // SAFETY: the call writes one `int`, and to this one.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::FIONREAD, &raw mut unread) };
+        nix::errno::Errno::result(result).map_err(|errno| self.error(errno.into()))?;
+        Ok(self.bytes.saturating_sub(u64::try_from(unread).unwrap_or_default()))
+    }
+
+    /// Waits until nobody can read any more, or for a while. Whether nobody can.
+    pub fn wait_for_its_end(&self, patience: Duration) -> bool {
+        // That is told whatever is asked about.
+        let mut fds = [PollFd::new(self.file.as_fd(), PollFlags::empty())];
+        let patience = PollTimeout::try_from(patience.as_millis()).unwrap_or(PollTimeout::MAX);
+        poll(&mut fds, patience).is_ok_and(|ready| ready > 0)
+    }
+
+    fn write_by(
+        &mut self,
+        mut slices: &mut [IoSlice<'_>],
+        write: impl Fn(&File, &[IoSlice<'_>]) -> io::Result<usize>,
+    ) -> Result<(), EngineError> {
         // Empty slices in front would let writev return 0.
         IoSlice::advance_slices(&mut slices, 0);
         while !slices.is_empty() {
             let batch = slices.len().min(MAX_SLICES);
             let result = match slices.get(..batch) {
-                Some(batch) => self.file.write_vectored(batch),
+                Some(batch) => write(&self.file, batch),
                 None => break,
             };
             match result {

@@ -4,20 +4,30 @@
 //! are sent [first](Outlet::send_first): these overtake all that was sent since the last [fence](Outlet::fence), and no more. So the wire
 //! has something to send while the filter thinks, what is short and urgent does not wait behind it, and the filter waits when
 //! the wire is too far behind: the parcels are bounded in number here, and in bytes by whoever sends them.
+//!
+//! An output that lends does not copy what it writes, so a body is let go of only when the other side has read it.
 
+use std::collections::VecDeque;
 use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::descriptor::Output;
 use super::error::EngineError;
 use super::pool::Buffer;
-use super::waiting::{Gone, Length, Waiting};
+use super::waiting::{Gone, Length, Taken, Waiting};
 use super::xen_stream::{PAGE, ZERO_PAGE};
+
+/// How often it is looked, while nothing is to be written, whether what is lent was read.
+const LOOK_AGAIN: Duration = Duration::from_millis(2);
+
+/// Less is copied: it is hardly worth it, and whatever a pipe holds (1 MiB), few bodies are lent at once.
+const LENT_AT_LEAST: u64 = 64 << 10;
 
 /// Where a parcel's pages lie: in one part, or in several.
 pub trait Body: Send + 'static {
@@ -109,7 +119,7 @@ impl<B: Body, T: Send + 'static> Outlet<B, T> {
             written: AtomicU64::new(0),
             abandoned: AtomicBool::new(false),
         });
-        let writer = Writer { shared: Arc::clone(&shared), output, tick };
+        let writer = Writer { shared: Arc::clone(&shared), output, lent: VecDeque::new(), tick };
         let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
             let shared = Arc::clone(&writer.shared);
             // However it ends: whoever waits for room is told.
@@ -187,19 +197,26 @@ impl<P: Length> Drop for Ending<'_, P> {
 struct Writer<B, T> {
     shared: Arc<Shared<Parcel<B, T>>>,
     output: Output,
+    /// What the other side may still read: where each ends in all that was written.
+    lent: VecDeque<(u64, B)>,
     tick: Sender<()>,
 }
 
 impl<B: Body, T> Writer<B, T> {
     fn run(mut self, mut say: impl FnMut(T)) -> Result<(), EngineError> {
-        while let Some(parcel) = self.shared.waiting.take() {
+        while let Some(parcel) = self.next()? {
             if self.shared.abandoned.load(Ordering::Relaxed) {
                 return Ok(());
             }
             let length = parcel.length();
             let part = |number| parcel.body.as_ref().map_or(&[][..], |body| body.part(number));
+            let lends = self.output.lends() && length >= LENT_AT_LEAST;
             let mut slices = Vec::with_capacity(1 + parcel.pieces.len());
             slices.push(IoSlice::new(&parcel.head));
+            if lends {
+                self.output.write_slices(&mut slices)?;
+                slices.clear();
+            }
             for piece in &parcel.pieces {
                 match piece {
                     // The filter takes ranges from the very bytes that they are ranges of.
@@ -211,14 +228,57 @@ impl<B: Body, T> Writer<B, T> {
                     }
                 }
             }
-            self.output.write_slices(&mut slices)?;
+            if lends {
+                self.output.lend_slices(&mut slices)?;
+            } else {
+                self.output.write_slices(&mut slices)?;
+            }
             self.shared.written.store(self.output.bytes(), Ordering::Release);
-            let then = parcel.then;
-            drop(parcel.body);
+            let Parcel { body, then, .. } = parcel;
+            if lends {
+                self.lent.extend(body.map(|body| (self.output.bytes(), body)));
+            } else {
+                drop(body);
+            }
             self.shared.waiting.written(length);
             let _ = self.tick.try_send(());
             if let Some(then) = then {
                 say(then);
+            }
+        }
+        self.wait_until_read()
+    }
+
+    /// Waits for the next parcel, and lets go of what was read meanwhile. None when there will be no more.
+    fn next(&mut self) -> Result<Option<Parcel<B, T>>, EngineError> {
+        loop {
+            self.let_go_of_read()?;
+            let patience = (!self.lent.is_empty()).then_some(LOOK_AGAIN);
+            match self.shared.waiting.take(patience) {
+                Taken::One(parcel) => return Ok(Some(parcel)),
+                Taken::Nothing => {}
+                Taken::Over => return Ok(None),
+            }
+        }
+    }
+
+    fn let_go_of_read(&mut self) -> Result<(), EngineError> {
+        if !self.lent.is_empty() {
+            let read = self.output.read()?;
+            while self.lent.front().is_some_and(|&(end, _)| end <= read) {
+                self.lent.pop_front();
+            }
+        }
+        Ok(())
+    }
+
+    /// All is written. What is lent stays until it was read, or nobody reads any more; or the filter has failed: then the stream has no end, and what came
+    /// before is of no use to anybody.
+    fn wait_until_read(&mut self) -> Result<(), EngineError> {
+        while !self.shared.abandoned.load(Ordering::Relaxed) {
+            self.let_go_of_read()?;
+            if self.lent.is_empty() || self.output.wait_for_its_end(LOOK_AGAIN) {
+                break;
             }
         }
         Ok(())
@@ -251,7 +311,86 @@ impl Body for Buffer {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read;
+
+    use super::super::pool::Pool;
     use super::*;
+
+    const LONG: usize = 2 * LENT_AT_LEAST as usize;
+
+    fn lending() -> (std::io::PipeReader, Outlet<Buffer, ()>) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        (reader, Outlet::start("outlet", 4, Output::lending(writer.into()), drop).unwrap())
+    }
+
+    fn full_of(byte: u8, pool: &Pool) -> Parcel<Buffer, ()> {
+        let mut buffer = pool.take(LONG);
+        buffer.bytes_mut().fill(byte);
+        Parcel::whole(vec![byte], buffer)
+    }
+
+    #[test]
+    fn what_is_lent_stays_as_it_is_until_it_was_read() {
+        // Each goes into the memory that the last one but one was in.
+        let (pool, (mut reader, outlet)) = (Pool::new(2), lending());
+        let reading = std::thread::spawn(move || {
+            for byte in 0..50 {
+                let mut came = vec![0; 1 + LONG];
+                // Little at a time, so that much is lent meanwhile.
+                for piece in came.chunks_mut(5000) {
+                    reader.read_exact(piece).unwrap();
+                    std::thread::yield_now();
+                }
+                assert!(came.iter().all(|&one| one == byte), "{byte}");
+            }
+            reader.read(&mut [0]).unwrap()
+        });
+        for byte in 0..50 {
+            outlet.send(full_of(byte, &pool)).unwrap();
+        }
+        outlet.end(false).unwrap();
+        assert_eq!(reading.join().unwrap(), 0);
+    }
+
+    #[test]
+    fn what_is_lent_is_let_go_of_once_it_was_read_and_not_before() {
+        let (pool, (mut reader, outlet)) = (Pool::new(1), lending());
+        outlet.send(full_of(1, &pool)).unwrap();
+        let taking = std::thread::spawn(move || drop(pool.take(LONG)));
+        let mut came = vec![0; 1 + LONG];
+        let (last, before) = came.split_last_mut().unwrap();
+        reader.read_exact(before).unwrap();
+        // All is written, and one byte of it is still to be read.
+        while outlet.written() < 1 + LONG as u64 {
+            std::thread::yield_now();
+        }
+        std::thread::sleep(10 * LOOK_AGAIN);
+        assert!(!taking.is_finished());
+        reader.read_exact(std::slice::from_mut(last)).unwrap();
+        // With nothing else to write.
+        taking.join().unwrap();
+        assert!(came.iter().all(|&byte| byte == 1));
+        outlet.end(false).unwrap();
+    }
+
+    #[test]
+    fn who_lends_ends_when_nobody_reads_any_more() {
+        let (pool, (reader, outlet)) = (Pool::new(1), lending());
+        // As much as the pipe holds.
+        let mut parcel = full_of(1, &pool);
+        parcel.head = vec![1; 12 << 10];
+        parcel.pieces = vec![Piece::Body { part: 0, range: 0..52 << 10 }];
+        outlet.send(parcel).unwrap();
+        while outlet.backlog() > 0 {
+            std::thread::yield_now();
+        }
+        let ending = std::thread::spawn(move || outlet.end(false));
+        std::thread::sleep(10 * LOOK_AGAIN);
+        assert!(!ending.is_finished(), "it is not read");
+        drop(reader);
+        ending.join().unwrap().unwrap();
+        drop(pool.take(LONG));
+    }
 
     #[test]
     fn who_waits_for_room_is_told_when_nobody_writes_any_more() {

@@ -15,7 +15,7 @@ mod sync {
 #[path = "waiting.rs"]
 mod waiting;
 
-use waiting::{Gone, Length, Waiting};
+use waiting::{Gone, Length, Taken, Waiting};
 
 /// Nearly all mistakes show with two (M. Musuvathi and S. Qadeer, "Iterative context bounding", PLDI 2007).
 const PREEMPTIONS: usize = 2;
@@ -39,7 +39,7 @@ fn every_interleaving(work: impl Fn() + Sync + Send + 'static) {
 /// Writes until it is over: the names of what was written, and their bytes.
 fn write_all(waiting: &Waiting<Parcel>) -> (String, u64) {
     let (mut names, mut bytes) = (String::new(), 0);
-    while let Some(parcel) = waiting.take() {
+    while let Taken::One(parcel) = waiting.take(None) {
         names.push(parcel.0);
         bytes += parcel.length();
         waiting.written(parcel.length());
@@ -102,7 +102,7 @@ fn a_writer_that_goes_leaves_nobody_waiting() {
         let waiting = Arc::new(Waiting::new(1));
         let goes = waiting.clone();
         let writer = thread::spawn(move || {
-            let taken = goes.take();
+            let taken = goes.take(None);
             goes.go();
             taken
         });
@@ -111,6 +111,6 @@ fn a_writer_that_goes_leaves_nobody_waiting() {
         while waiting.put(Parcel('b', 0), true) != Err(Gone) {
             thread::yield_now();
         }
-        assert_eq!(writer.join().unwrap(), Some(Parcel('a', 0)));
+        assert_eq!(writer.join().unwrap(), Taken::One(Parcel('a', 0)));
     });
 }

@@ -1,5 +1,7 @@
 //! Where a filter's thread and the one that writes meet: what was sent and is not written yet.
 
+use std::time::Duration;
+
 use super::epochs::Epochs;
 // Of the standard library, or of loom ([`super::under_loom`]).
 use super::sync::{AtomicU64, Condvar, Mutex, MutexGuard, Ordering};
@@ -13,6 +15,17 @@ pub trait Length {
 /// Nobody writes any more.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Gone;
+
+/// What was there to be taken.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Taken<P> {
+    /// The next one.
+    One(P),
+    /// Nothing has come so long.
+    Nothing,
+    /// There will be no more.
+    Over,
+}
 
 #[derive(Debug)]
 struct State<P> {
@@ -87,19 +100,28 @@ impl<P: Length> Waiting<P> {
         Ok(())
     }
 
-    /// Waits for the next one; none when there will be no more. Its length stays in the backlog until it is [written](Self::written).
-    pub fn take(&self) -> Option<P> {
+    /// Waits for the next one, as long as it takes or for a while. Its length stays in the backlog until it is [written](Self::written).
+    pub fn take(&self, patience: Option<Duration>) -> Taken<P> {
         let mut state = self.state();
+        let mut has_waited = false;
         loop {
             if let Some(parcel) = state.epochs.take() {
                 drop(state);
                 self.changed.notify_all();
-                return Some(parcel);
+                return Taken::One(parcel);
             }
             if state.over {
-                return None;
+                return Taken::Over;
             }
-            state = self.wait(state);
+            state = match patience {
+                None => self.wait(state),
+                Some(_) if has_waited => return Taken::Nothing,
+                Some(patience) => {
+                    let waited = self.changed.wait_timeout(state, patience);
+                    waited.unwrap_or_else(std::sync::PoisonError::into_inner).0
+                }
+            };
+            has_waited = true;
         }
     }
 

@@ -36,7 +36,7 @@ use arguments::Arguments;
 use channel::{Channel, ChannelError};
 use message::Message;
 
-pub use stream::LibraryEnd;
+pub use stream::{LibraryEnd, restore_pipe};
 
 use crate::xen::CallError;
 use crate::xen::control::{Control, OpenError};

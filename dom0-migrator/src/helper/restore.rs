@@ -11,7 +11,7 @@ use super::channel::{Channel, ChannelError};
 use super::message::{Callback, CallbackSet, Message};
 use super::policy::Limits;
 use super::sampling::RestoreSampling;
-use super::stream::LibraryEnd;
+use super::stream::restore_pipe;
 use super::verify::VerifyWatch;
 use super::{HelperError, Libraries, complete, take_descriptor};
 use crate::engine::{Config, DiskName, EngineError, LateWrites, TargetFilter, TargetParts};
@@ -66,7 +66,7 @@ fn restore(
     report: &mut RestoreReport,
 ) -> Result<Restored, HelperError> {
     let wire = take_descriptor(arguments.io_fd)?;
-    let (library_end, filter_end) = LibraryEnd::pair()?;
+    let (library_end, filter_end) = restore_pipe()?;
     let (mut order, mut side) = match peer.map(|peer| peer.introduce(Role::Restore, Some(arguments.domain))) {
         Some(Ok(given)) => given,
         Some(Err(error)) => {

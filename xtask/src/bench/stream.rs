@@ -2,8 +2,8 @@
 //!
 //! The guest is made up, its pages are not: they are those of the lab's MySQL data directory, which lies on a raw disk that both filters
 //! see. Twelve of twenty pages are named by the lists, three are zeros, five go as they are. The stream goes into one socket pair, through
-//! both filters with a socket pair between them, and out of a third one, the first and the last of which are made by the helpers' own code; the
-//! baseline copies it through the same three sockets, by two processes that do nothing else. The first run, which is not counted, compares all memory.
+//! both filters with a socket pair between them, and out of the pipe through which libxenguest restores; what libxenguest writes to and reads from is made by the
+//! helpers' own code. The baseline copies it through three socket pairs, by two processes that do nothing else: a copy is faster through sockets than through that pipe. The first run, which is not counted, compares all memory.
 //!
 //! A narrow wire: the same guest, but with its kinds of pages in stretches of 64 MiB, as a pool lies in a guest, over a wire that lets 200 MB a
 //! second through; against the filter with nothing overtaking anything.

@@ -39,7 +39,7 @@ pub(super) fn by_the_variable_alone(bed: &Bed<'_>) -> Result<()> {
 fn migrate(lab: &Lab, from: Host, options: &str) -> Result<String> {
     let to = from.other().name();
     let line = format!("export LIBXL_SAVE_HELPER={MIGRATOR}; exec xl migrate {options} {DOMAIN} {to} 2>&1");
-    let ended = lab.host(from).spawn(&line)?.wait(PATIENCE)?;
+    let ended = lab.host(from).spawn(&line)?.wait(2 * PATIENCE)?;
     ensure!(ended.status == 0, "xl migrate ended with {}: {}", ended.status, ended.stdout);
     Ok(ended.stdout)
 }

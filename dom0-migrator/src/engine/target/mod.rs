@@ -54,7 +54,7 @@ const BEHIND: usize = 4;
 pub struct TargetParts {
     /// The way from the source; read up to the END record, and not a byte further.
     pub from_wire: OwnedFd,
-    /// Where libxenguest reads.
+    /// Where libxenguest reads; from a pipe without that it is copied in between, so by `read(2)` and the like, not by `splice(2)`.
     pub to_restore: OwnedFd,
     /// The side channel, a connected socket; `None`: the stream passes through unchanged.
     pub side: Option<OwnedFd>,
@@ -91,7 +91,7 @@ impl TargetFilter {
         let stats = Arc::new(Mutex::new(TargetStats::default()));
         let side = side.map(|fd| Side::start(fd, &config)).transpose().map_err(EngineError::Start)?;
         let sayings = side.as_ref().map(|side| side.sayings.clone());
-        let outlet = Outlet::start("target-outlet", BEHIND, Output::new(to_restore), move |saying| {
+        let outlet = Outlet::start("target-outlet", BEHIND, Output::lending(to_restore), move |saying| {
             if let Some(sayings) = &sayings {
                 sayings.say(saying);
             }

@@ -130,17 +130,18 @@ struct LoneTarget {
 
 impl LoneTarget {
     fn start(disks: Vec<DiskName>, window_pages: u32, config: Config) -> Self {
-        let [wire, restored, mut side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+        let [wire, mut side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+        let (restored, to_restore) = std::io::pipe().unwrap();
         let target = TargetFilter::start(TargetParts {
             from_wire: OwnedFd::from(wire.1),
-            to_restore: OwnedFd::from(restored.0),
+            to_restore: to_restore.into(),
             side: Some(OwnedFd::from(side.1)),
             config,
         })
         .unwrap();
         Hello { key: KEY, window_pages, disks }.write(&mut side.0).unwrap();
         Answer::read(&mut side.0).unwrap();
-        Self { target, wire: wire.0, side: side.0, restored: collect(restored.1) }
+        Self { target, wire: wire.0, side: side.0, restored: collect(restored) }
     }
 
     /// The stream ends here: what the filter says of it, and what libxenguest could read.

@@ -147,7 +147,7 @@ pub struct Outcome {
 }
 
 /// Reads to the end, from a thread of its own.
-pub fn collect(mut from: UnixStream) -> JoinHandle<Vec<u8>> {
+pub fn collect(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     std::thread::spawn(move || {
         let mut all = Vec::new();
         from.read_to_end(&mut all).unwrap();
@@ -173,14 +173,15 @@ impl Pair {
         source_config: Config,
         target_config: Config,
     ) -> Self {
-        let [save, wire, restore, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+        let [save, wire, side] = std::array::from_fn(|_| UnixStream::pair().unwrap());
+        let (restore, to_restore) = std::io::pipe().unwrap();
         let again = |stream: &UnixStream| stream.try_clone().unwrap();
         let is_held = Arc::new(AtomicBool::new(false));
         let wire = if log.is_some() { narrow(wire, &is_held) } else { wire };
         let kept = (again(&wire.0), again(&wire.1), again(&side.0));
         let target = TargetFilter::start(TargetParts {
             from_wire: OwnedFd::from(wire.1),
-            to_restore: OwnedFd::from(restore.0),
+            to_restore: to_restore.into(),
             side: Some(OwnedFd::from(side.1)),
             config: target_config,
         })
@@ -205,7 +206,7 @@ impl Pair {
             is_held,
             wire: (kept.0, kept.1),
             side: kept.2,
-            restored: collect(restore.1),
+            restored: collect(restore),
         }
     }
 

@@ -6,6 +6,9 @@ use serde_json::Value;
 /// How many values of a curve are kept: as many as the widest picture shows.
 const CURVE: usize = 200;
 
+/// How many passes in a row may have been over before anything was heard of them.
+const PASSES_MISSED: usize = 100;
+
 /// How many lines of xl's are kept.
 const LINES: usize = 2;
 
@@ -82,8 +85,8 @@ impl std::fmt::Display for Remaining {
 pub struct Pass {
     /// Its number; the first is 1.
     pub number: u32,
-    /// Pages in it; 0 when they are not counted.
-    pub pages: u64,
+    /// Pages in it, 0 when they are not counted; none when it was over before anything was heard of it.
+    pub pages: Option<u64>,
     /// How long it has taken, up to now or to its end.
     pub seconds: f64,
     began: f64,
@@ -191,15 +194,23 @@ impl State {
             // Only of the pass that is sent while the guest is paused the pages are not counted.
             let is_paused = progress.pages_total == 0;
             self.phase = if is_paused { "the guest is paused" } else { "its memory is sent" }.to_owned();
+            let last = self.passes.last().map_or(0, |pass| pass.number);
+            // Those that came and went between two lines.
+            self.passes.extend((last..progress.round).skip(1).take(PASSES_MISSED).map(|number| Pass {
+                number,
+                pages: None,
+                seconds: 0.0,
+                began: progress.seconds,
+            }));
             self.passes.push(Pass {
                 number: progress.round,
-                pages: progress.pages_total,
+                pages: Some(progress.pages_total),
                 seconds: 0.0,
                 began: progress.seconds,
             });
         }
         if let Some(pass) = self.passes.last_mut() {
-            pass.pages = progress.pages_total;
+            pass.pages = Some(progress.pages_total);
             pass.seconds = progress.seconds - pass.began;
         }
     }
@@ -254,6 +265,10 @@ mod tests {
         for line in [progress(1.0, 1, 10), progress(3.0, 1, 90), progress(4.0, 2, 5), progress(4.5, 2, 50)] {
             state.line(&line);
         }
+        let mut later = State { passes: state.passes.clone(), ..State::new("a", ["x", "y"]) };
+        later.line(&progress(5.0, 4, 1));
+        let pages: Vec<_> = later.passes.iter().map(|pass| (pass.number, pass.pages)).collect();
+        assert_eq!(pages, [(1, Some(100)), (2, Some(100)), (3, None), (4, Some(100))]);
         let passes: Vec<(u32, f64)> = state.passes.iter().map(|pass| (pass.number, pass.seconds)).collect();
         assert_eq!(passes, [(1, 2.0), (2, 0.5)]);
         let ways = state.source.unwrap().ways;

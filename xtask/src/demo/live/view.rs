@@ -162,8 +162,12 @@ fn draw_passes(state: &State, area: Rect, buffer: &mut Buffer) {
     // As many of the newest as there is room for, the newest at the end of the last line.
     let mut lines = vec![String::new()];
     for pass in state.passes.iter().rev() {
-        let pages = if pass.pages == 0 { "the last".to_owned() } else { format!("{} pages", pass.pages) };
-        let one = format!("{}: {pages}, {:.0} s", pass.number, pass.seconds);
+        let (number, seconds) = (pass.number, pass.seconds);
+        let one = match pass.pages {
+            None => format!("{number}: soon over"),
+            Some(0) => format!("{number}: the last, {seconds:.0} s"),
+            Some(pages) => format!("{number}: {pages} pages, {seconds:.0} s"),
+        };
         let has_room = lines.len() < rest.height.into();
         match lines.last_mut() {
             Some(line) if line.is_empty() => *line = one,
