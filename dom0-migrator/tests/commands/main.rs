@@ -196,7 +196,7 @@ struct Receiver {
 
 impl Receiver {
     fn exit(&mut self) -> Option<i32> {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while Instant::now() < deadline {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.code();
@@ -241,7 +241,7 @@ impl Migrating {
         let pid = Pid::from_raw(self.child.id().cast_signed());
         let (ended, watched) = std::sync::mpsc::channel::<()>();
         std::thread::spawn(move || {
-            if watched.recv_timeout(Duration::from_secs(60)).is_err_and(|e| e == RecvTimeoutError::Timeout) {
+            if watched.recv_timeout(Duration::from_secs(300)).is_err_and(|e| e == RecvTimeoutError::Timeout) {
                 let _ = kill(pid, Signal::SIGKILL);
             }
         });
@@ -271,7 +271,7 @@ impl Ended {
 }
 
 fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(120);
     while !done() {
         assert!(Instant::now() < deadline, "{what} did not happen");
         std::thread::sleep(Duration::from_millis(20));
