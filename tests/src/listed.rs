@@ -10,7 +10,7 @@ use guest_probe::lists::ListSummary;
 use guest_probe::session::Session;
 
 use crate::disk::Disk;
-use crate::truth::{Block, Memory};
+use crate::truth::{Block, Memory, PAGE};
 
 /// Bytes in a guest page.
 pub const GUEST_PAGE: usize = 4096;
@@ -51,11 +51,22 @@ pub fn compare(runs: &[UserRun], disk: &Disk, memory: &Memory) -> Result<u64> {
         let on_disk = disk.read(run.disk_offset, length)?;
         for (index, (left, right)) in in_memory.chunks(GUEST_PAGE).zip(on_disk.chunks(GUEST_PAGE)).enumerate()
         {
-            ensure!(left == right, "guest page {index} of {run:?} differs from the disk");
+            ensure!(
+                left == right,
+                "guest page {index} of {run:?} differs from the disk; the heads of both frames: {} {}",
+                head(&in_memory, index),
+                head(&on_disk, index)
+            );
         }
         pages += u64::from(run.pages);
     }
     Ok(pages)
+}
+
+/// The header of the frame that a guest page is a part of, as hexadecimal digits: checksum, number, neighbours, LSN and type of its page.
+fn head(run: &[u8], guest_page: usize) -> String {
+    let at = guest_page * GUEST_PAGE / PAGE * PAGE;
+    run.iter().skip(at).take(38).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Frames that could be listed, by control blocks that were read independently at the same moment: those at rest, without those that the lists
