@@ -222,13 +222,13 @@ impl Output {
         self.write_by(slices, |file, slices| Ok(vmsplice(file, slices, SpliceFFlags::empty())?))
     }
 
-    /// Of the bytes written to a pipe: those that were read.
-    pub fn read(&self) -> Result<u64, EngineError> {
+    /// Of the bytes written to a pipe: those that were read. None, as far as is known, should the system not say.
+    pub fn read(&self) -> u64 {
         let mut unread: libc::c_int = 0;
         // SAFETY: the call writes one `int`, and to this one.
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), libc::FIONREAD, &raw mut unread) };
-        nix::errno::Errno::result(result).map_err(|errno| self.error(errno.into()))?;
-        Ok(self.bytes.saturating_sub(u64::try_from(unread).unwrap_or_default()))
+        let unread = if result == 0 { u64::try_from(unread).ok() } else { None };
+        unread.map_or(0, |unread| self.bytes.saturating_sub(unread))
     }
 
     /// Waits until nobody can read any more, or for a while. Whether nobody can.

@@ -204,7 +204,7 @@ struct Writer<B, T> {
 
 impl<B: Body, T> Writer<B, T> {
     fn run(mut self, mut say: impl FnMut(T)) -> Result<(), EngineError> {
-        while let Some(parcel) = self.next()? {
+        while let Some(parcel) = self.next() {
             if self.shared.abandoned.load(Ordering::Relaxed) {
                 return Ok(());
             }
@@ -246,42 +246,41 @@ impl<B: Body, T> Writer<B, T> {
                 say(then);
             }
         }
-        self.wait_until_read()
+        self.wait_until_read();
+        Ok(())
     }
 
     /// Waits for the next parcel, and lets go of what was read meanwhile. None when there will be no more.
-    fn next(&mut self) -> Result<Option<Parcel<B, T>>, EngineError> {
+    fn next(&mut self) -> Option<Parcel<B, T>> {
         loop {
-            self.let_go_of_read()?;
+            self.let_go_of_read();
             let patience = (!self.lent.is_empty()).then_some(LOOK_AGAIN);
             match self.shared.waiting.take(patience) {
-                Taken::One(parcel) => return Ok(Some(parcel)),
+                Taken::One(parcel) => return Some(parcel),
                 Taken::Nothing => {}
-                Taken::Over => return Ok(None),
+                Taken::Over => return None,
             }
         }
     }
 
-    fn let_go_of_read(&mut self) -> Result<(), EngineError> {
+    fn let_go_of_read(&mut self) {
         if !self.lent.is_empty() {
-            let read = self.output.read()?;
+            let read = self.output.read();
             while self.lent.front().is_some_and(|&(end, _)| end <= read) {
                 self.lent.pop_front();
             }
         }
-        Ok(())
     }
 
     /// All is written. What is lent stays until it was read, or nobody reads any more; or the filter has failed: then the stream has no end, and what came
     /// before is of no use to anybody.
-    fn wait_until_read(&mut self) -> Result<(), EngineError> {
+    fn wait_until_read(&mut self) {
         while !self.shared.abandoned.load(Ordering::Relaxed) {
-            self.let_go_of_read()?;
+            self.let_go_of_read();
             if self.lent.is_empty() || self.output.wait_for_its_end(LOOK_AGAIN) {
                 break;
             }
         }
-        Ok(())
     }
 }
 

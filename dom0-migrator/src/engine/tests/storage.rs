@@ -48,7 +48,7 @@ fn a_disk_that_fails_half_way_is_done_without() {
     assert_eq!((stats.references_accepted, stats.references_refused), (512, 512), "{stats:?}");
 }
 
-/// A target that loads one page in the time in which ten arrive: the window fills, nothing waits for it, and what goes over the network is
+/// A target that loads one page in the time in which ten arrive, and none of the last thousands: the window fills, nothing waits for it, and what goes over the network is
 /// not more than without references.
 #[test]
 fn storage_at_a_tenth_of_the_links_pace_holds_nothing_up() {
