@@ -48,5 +48,6 @@ pub mod spaces;
 pub mod statistics;
 pub mod status;
 pub mod storage_map;
+pub mod urgency;
 pub mod watch;
 pub mod wrong_hints;

@@ -16,6 +16,7 @@ use guest_probe::privileges;
 use guest_probe::report;
 use guest_probe::service::{self, Ended, ServiceOptions};
 use guest_probe::status;
+use guest_probe::urgency;
 use guest_probe::watch;
 use tracing_subscriber::EnvFilter;
 
@@ -86,6 +87,9 @@ fn run(command: Command) -> Result<Exit> {
             config.socket = socket.unwrap_or(config.socket);
             config.statistics |= statistics;
             let mut device = ModuleDevice::open(&config.device)?;
+            if let Err(error) = urgency::allow() {
+                tracing::debug!(%error, "answers will not be urgent");
+            }
             if let Err(error) = privileges::give_up() {
                 tracing::warn!(%error, "capabilities that are not needed cannot be given up");
             }

@@ -6,7 +6,8 @@
 //! Pages that the kernel says are dirty or being written are left out. All of it is a hint, as ever: what changes a moment later is
 //! found by its hash.
 
-use std::collections::{BTreeMap, HashSet};
+use std::cell::{LazyCell, RefCell};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -246,13 +247,12 @@ fn files_of_process(pid: i32) -> impl Iterator<Item = Candidate> {
             id: Some((device, map.inode)),
         }
     });
-    let mounts = process.as_ref().and_then(|process| process.mountinfo().ok());
-    let on_devices: HashSet<i32> = mounts
-        .into_iter()
-        .flatten()
-        .filter(|mount| !mount.majmin.starts_with("0:"))
-        .map(|mount| mount.mnt_id)
-        .collect();
+    // Only of those that have files open: the kernel's own threads have none.
+    let on_devices: LazyCell<HashSet<i32>, _> = LazyCell::new(move || {
+        let mounts = process.and_then(|process| process.mountinfo().ok());
+        let mounts = mounts.into_iter().flatten().filter(|mount| !mount.majmin.starts_with("0:"));
+        mounts.map(|mount| mount.mnt_id).collect()
+    });
     let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let open = open.filter(move |entry| {
         let number = entry.file_name();
@@ -444,7 +444,13 @@ impl Drop for Window {
 struct PageFlags {
     pagemap: File,
     flags: File,
+    /// Blocks of flags that were read, by number: a bit for each frame. One read for a frame costs as much as one for its whole block, and a cached file's pages lie
+    /// all over memory. What changes after the read is a wrong hint like any other.
+    known: RefCell<HashMap<u64, [u64; BLOCK as usize / 64]>>,
 }
+
+/// Frames whose flags are read at once.
+const BLOCK: u64 = 256;
 
 impl PageFlags {
     /// `None` where the kernel does not have it, or this process may not see it; then changed pages are found by their hash.
@@ -454,28 +460,31 @@ impl PageFlags {
                 .inspect_err(|error| tracing::debug!(%error, path, "changed pages are not told apart"))
                 .ok()
         };
-        Some(Self { pagemap: open("/proc/self/pagemap")?, flags: open("/proc/kpageflags")? })
+        let (pagemap, flags) = (open("/proc/self/pagemap")?, open("/proc/kpageflags")?);
+        Some(Self { pagemap, flags, known: RefCell::default() })
     }
 
     /// For each of some pages of this process whether it is not on disk as it is, as far as the kernel says.
     fn changed(&self, address: u64, count: usize) -> Vec<bool> {
-        let mut changed = vec![false; count];
         let entries = words(&self.pagemap, address / PAGE_SIZE as u64, count);
-        let pfns: Vec<u64> =
-            entries.iter().map(|entry| if entry & PRESENT == 0 { 0 } else { entry & PFN }).collect();
-        let mut at = 0;
-        while at < pfns.len() {
-            let neighbours =
-                1 + pfns[at..].windows(2).take_while(|pair| pair[0] != 0 && pair[1] == pair[0] + 1).count();
-            if pfns[at] != 0 {
-                let flags = words(&self.flags, pfns[at], neighbours);
-                for (changed, flags) in changed[at..].iter_mut().zip(flags) {
-                    *changed = flags & CHANGED != 0;
-                }
-            }
-            at += neighbours;
-        }
+        let is_changed =
+            |entry: u64| entry & PRESENT != 0 && entry & PFN != 0 && self.frame_changed(entry & PFN);
+        let mut changed: Vec<bool> = entries.into_iter().map(is_changed).collect();
+        changed.resize(count, false);
         changed
+    }
+
+    fn frame_changed(&self, pfn: u64) -> bool {
+        let (block, at) = (pfn / BLOCK, (pfn % BLOCK) as usize);
+        let mut known = self.known.borrow_mut();
+        let bits = known.entry(block).or_insert_with(|| {
+            let mut bits = [0; BLOCK as usize / 64];
+            for (at, flags) in words(&self.flags, block * BLOCK, BLOCK as usize).into_iter().enumerate() {
+                bits[at / 64] |= u64::from(flags & CHANGED != 0) << (at % 64);
+            }
+            bits
+        });
+        bits[at / 64] >> (at % 64) & 1 != 0
     }
 }
 

@@ -10,6 +10,7 @@ use crate::page_cache;
 use crate::process::{Choice, MysqldProcess, ProcessError, ProcessKey};
 use crate::session::{Options, Server, Session, SessionError};
 use crate::status::Answer;
+use crate::urgency::Urgent;
 use crate::wrong_hints::WrongHints;
 
 /// A server that could not be probed is tried again after this time, then after twice that, and so on.
@@ -118,6 +119,7 @@ impl Servers {
     /// [`DeviceError`]; then what was published before stays.
     pub fn publish(&mut self, device: &mut impl Device, answers: u64) -> Result<Answer, DeviceError> {
         let start = Instant::now();
+        let _urgent = Urgent::begin();
         let mut without: BTreeMap<ProcessKey, SessionError> = BTreeMap::new();
         let mut is_second_look = false;
         loop {
