@@ -498,6 +498,8 @@ fn words(file: &File, first: u64, count: usize) -> Vec<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -506,6 +508,33 @@ mod tests {
         assert_eq!(stretches(&[0_u8; 3], |one| one == 1), []);
         assert_eq!(unchanged(4, None), [(0, 4)]);
         assert_eq!(unchanged(4, Some(&[false, true, false, false])), [(0, 1), (2, 2)]);
+    }
+
+    #[test]
+    fn flags_are_read_by_blocks_and_found_by_frame() {
+        let file_of = |words: &[u64]| {
+            let mut file = tempfile::tempfile().unwrap();
+            let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            file.write_all(&bytes).unwrap();
+            file
+        };
+        let changed = [0, 63, 64, BLOCK - 1, BLOCK, 2 * BLOCK + 7];
+        // The last block is not whole, and all the other bits are set.
+        let flags: Vec<u64> =
+            (0..2 * BLOCK + 8).map(|pfn| if changed.contains(&pfn) { !0 } else { !CHANGED }).collect();
+        let pfns: Vec<u64> = (1..3 * BLOCK).rev().chain([BLOCK, 1 << 50]).collect();
+        // One that is not there, and one whose frame may not be seen, are before them.
+        let mut entries = vec![BLOCK, PRESENT];
+        entries.extend(pfns.iter().map(|pfn| PRESENT | pfn));
+        let page_flags =
+            PageFlags { pagemap: file_of(&entries), flags: file_of(&flags), known: RefCell::default() };
+        let found = page_flags.changed(0, entries.len() + 1);
+        assert_eq!(found[..2], [false, false]);
+        for (pfn, found) in pfns.iter().zip(&found[2..]) {
+            assert_eq!(*found, changed.contains(pfn), "{pfn}");
+        }
+        // Pages of which the kernel says nothing count as they are.
+        assert_eq!((found.len(), found[entries.len()]), (entries.len() + 1, false));
     }
 
     #[test]

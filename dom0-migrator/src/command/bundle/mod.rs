@@ -36,7 +36,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use serde::{Deserialize, Serialize};
@@ -85,7 +85,14 @@ struct Shared {
 
 /// A bundle, as its owner sees it beside its socket.
 #[derive(Debug)]
-pub struct Bundle(Arc<Shared>);
+pub struct Bundle {
+    shared: Arc<Shared>,
+    /// Disconnected when all lanes have sent what there was to send.
+    sent: Receiver<()>,
+}
+
+/// How long the peer is given to take what was written last, and the end behind it.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 impl Bundle {
     /// Begins to pass on between connections and a new socket, which is returned.
@@ -109,11 +116,15 @@ impl Bundle {
         // suspended.
         let (send, blocks) = bounded(0);
         let (give_back, empty) = bounded(count + 1);
-        let bundle = Self(shared.clone());
+        let (sending, sent) = bounded(0);
+        let bundle = Self { shared, sent };
         bundle.spawn("cut", move |shared| cut(shared, &send, &empty))?;
         for lane in 0..count {
-            let (blocks, give_back) = (blocks.clone(), give_back.clone());
-            bundle.spawn("lane out", move |shared| send_blocks(shared, lane, &blocks, &give_back))?;
+            let (blocks, give_back, sending) = (blocks.clone(), give_back.clone(), sending.clone());
+            bundle.spawn("lane out", move |shared| {
+                let _sending: Sender<()> = sending;
+                send_blocks(shared, lane, &blocks, &give_back)
+            })?;
             bundle.spawn("lane in", move |shared| receive_blocks(shared, lane))?;
         }
         bundle.spawn("in order", deliver)?;
@@ -127,7 +138,7 @@ impl Bundle {
         name: &str,
         part: impl FnOnce(&Shared) -> io::Result<()> + Send + 'static,
     ) -> io::Result<()> {
-        let (shared, passing) = (self.0.clone(), Passing::begin());
+        let (shared, passing) = (self.shared.clone(), Passing::begin());
         let spawned = std::thread::Builder::new().name(name.into()).spawn(move || {
             let _passing = passing;
             if let Err(error) = part(&shared) {
@@ -135,32 +146,38 @@ impl Bundle {
             }
         });
         if let Err(error) = &spawned {
-            self.0.fail(error);
+            self.shared.fail(error);
         }
         spawned.map(drop)
     }
 
     /// Bytes on the network, over all connections.
     pub fn carried(&self) -> Carried {
-        self.0.carried()
+        self.shared.carried()
     }
 
     /// What went through it.
     pub fn report(&self) -> BlocksReport {
         BlocksReport {
-            connections: self.0.lanes.len(),
-            compression: self.0.wanted,
-            chosen: self.0.chooser.choice().map(|choice| choice.to_string()),
-            bytes_before: self.0.before.load(Ordering::Relaxed),
-            bytes_after: self.0.after.load(Ordering::Relaxed),
+            connections: self.shared.lanes.len(),
+            compression: self.shared.wanted,
+            chosen: self.shared.chooser.choice().map(|choice| choice.to_string()),
+            bytes_before: self.shared.before.load(Ordering::Relaxed),
+            bytes_after: self.shared.after.load(Ordering::Relaxed),
         }
     }
 }
 
-/// Nobody waits any longer for a peer that does not end its side.
+/// What was written goes to its end, for a peer to whom one lane ends before all of it was there would take the stream for broken off, last words
+/// and all; then nobody waits any longer for a peer that does not end its side.
 impl Drop for Bundle {
     fn drop(&mut self) {
-        self.0.lanes.iter().for_each(Wire::hang_up);
+        // Nothing more is taken from the socket, whoever else still has it.
+        let _ = self.shared.near.shutdown(Shutdown::Read);
+        if !self.shared.has_failed() {
+            let _ = self.sent.recv_timeout(LAST_WORDS);
+        }
+        self.shared.lanes.iter().for_each(Wire::hang_up);
     }
 }
 
@@ -253,7 +270,11 @@ fn send_blocks(
     // Without a number the stream did not end, but was broken off.
     if let Some(&blocks) = shared.blocks.get() {
         socket.write_all(&Header::End { blocks }.to_bytes())?;
-        socket.shutdown(Shutdown::Write)?;
+        // A peer that has all of the stream from the other lanes may have closed this one already.
+        match socket.shutdown(Shutdown::Write) {
+            Err(error) if error.kind() != io::ErrorKind::NotConnected => return Err(error),
+            _ => {}
+        }
     }
     Ok(())
 }

@@ -33,7 +33,7 @@ pub struct Args {
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pairs: u32,
     /// Rate of the link between the hosts, in Mbit/s; low enough that the link sets the pace, not the emulated processor
-    #[arg(long, value_name = "MBIT", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "MBIT", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rate: u32,
     /// What else to compare with
     #[arg(long, value_enum, value_delimiter = ',', default_value = "no-references,stock-zstd")]
@@ -41,11 +41,11 @@ pub struct Args {
     /// Runs of each of these, for each workload
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=100))]
     baseline_runs: u32,
-    /// Memory of the guest, in MiB; with another one than the lab's own a lab is built and kept for it
-    #[arg(long, value_name = "MIB", default_value_t = 704)]
+    /// Memory of the guest, in MiB; with another one than the lab's own, 704, a lab is built and kept for it
+    #[arg(long, value_name = "MIB", default_value_t = 1120)]
     guest_memory: u32,
-    /// Buffer pool of the guest, in MiB; 768 of 1120 is the proportion of the research
-    #[arg(long, value_name = "MIB", default_value_t = 256)]
+    /// Buffer pool of the guest, in MiB; 768 of 1120 is the proportion of the research, 256 of 704 the lab's own
+    #[arg(long, value_name = "MIB", default_value_t = 768)]
     guest_pool: u32,
     /// Warehouses of TPC-C
     #[arg(long, default_value_t = 1)]

@@ -75,6 +75,13 @@ impl Record {
             first_second: mean_between(steps, first[0].wall, first[1].wall)?,
         })
     }
+
+    /// Transactions that the migration kept the load from, by what it did before: a long migration may cost more than a short one that leaves the
+    /// guest less. Where the throughput is there.
+    pub fn transactions_missed(&self) -> Option<f64> {
+        let throughput = self.throughput()?;
+        Some((throughput.before - throughput.during) * (self.ended - self.began))
+    }
 }
 
 /// Runs that are kept, under the hash of all that they depend on.
@@ -166,6 +173,9 @@ pub mod tests {
         let throughput = busy.throughput().unwrap();
         assert_eq!((throughput.during, throughput.after, throughput.first_second), (4.0, 10.0, 10.0));
         assert!(throughput.before > 9.0);
+        // Ten seconds with six less in each.
+        let missed = busy.transactions_missed().unwrap();
+        assert!((missed - 10.0 * (throughput.before - 4.0)).abs() < 1e-6, "{missed}");
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub struct Bounds {
 type Number = fn(&Record) -> Option<f64>;
 
 /// What stock and Poolskip are compared by: name, unit, number.
-const COMPARED: [(&str, &str, Number); 11] = [
+const COMPARED: [(&str, &str, Number); 12] = [
     ("wire_bytes", "bytes", |run| Some(run.wire_bytes as f64)),
     ("total_seconds", "s", |run| Some(run.total_seconds)),
     ("downtime_seconds", "s", |run| Some(run.downtime_seconds)),
@@ -29,6 +29,7 @@ const COMPARED: [(&str, &str, Number); 11] = [
     ("dom0_cpu_seconds", "s", |run| Some(run.dom0_cpu_seconds)),
     ("throughput_before", "1/s", |run| Some(run.throughput()?.before)),
     ("throughput_during", "1/s", |run| Some(run.throughput()?.during)),
+    ("transactions_missed", "transactions", Record::transactions_missed),
     ("throughput_after", "1/s", |run| Some(run.throughput()?.after)),
     ("throughput_first_second_after", "1/s", |run| Some(run.throughput()?.first_second)),
 ];
