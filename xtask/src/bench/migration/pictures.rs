@@ -1,10 +1,12 @@
 //! Runs made into pictures.
 
+use std::collections::BTreeMap;
+
 use super::plan::{Planned, Variant};
 use super::record::Record;
 use super::summary::{runs, workloads};
 use crate::plot::{Bars, Group, Line, Lines, Series, Span};
-use crate::workload::Workload;
+use crate::workload::{Second, Workload};
 
 /// All variants, in the order in which they stand beside each other.
 const VARIANTS: [Variant; 4] = [Variant::Stock, Variant::StockZstd, Variant::NoReferences, Variant::Poolskip];
@@ -67,18 +69,29 @@ pub fn all(
     pictures
 }
 
+/// What was committed in each whole second of the wall clock since `began`: what was not done while the guest stood still counts. A step's
+/// transactions are spread evenly over it, for a step that had to wait is followed by one that is over in no time.
+fn by_second(timeline: &[Second], began: f64) -> Vec<(Span, f64)> {
+    let (Some(first), Some(last)) = (timeline.first(), timeline.last()) else { return Vec::new() };
+    let mut seconds: BTreeMap<i64, f64> = BTreeMap::new();
+    for pair in timeline.windows(2).filter(|pair| pair[1].wall > pair[0].wall) {
+        let (mut at, end) = (pair[0].wall - began, pair[1].wall - began);
+        let rate = pair[1].committed / (end - at);
+        while at < end {
+            let next = (at.floor() + 1.0).min(end);
+            *seconds.entry(at.floor() as i64).or_default() += rate * (next - at);
+            at = next;
+        }
+    }
+    // The first and the last one are not whole.
+    let whole = (first.wall - began).ceil() as i64..(last.wall - began).floor() as i64;
+    let whole = seconds.into_iter().filter(|(second, _)| whole.contains(second));
+    whole.map(|(second, count)| (Span { from: second as f64, to: (second + 1) as f64 }, count)).collect()
+}
+
 /// The time line of a run, from the beginning of its migration on; none of an idle guest.
 fn line(variant: Variant, run: &Record) -> Option<Line> {
-    let steps: Vec<(Span, f64)> = run
-        .timeline
-        .windows(2)
-        .filter(|pair| pair[1].wall > pair[0].wall)
-        .map(|pair| {
-            let span = Span { from: pair[0].wall - run.began, to: pair[1].wall - run.began };
-            // By the wall clock: what was not done while the guest stood still counts.
-            (span, pair[1].committed / (span.to - span.from))
-        })
-        .collect();
+    let steps = by_second(&run.timeline, run.began);
     let span = Span { from: 0.0, to: run.ended - run.began };
     (!steps.is_empty()).then(|| Line { series: series(variant), span, steps })
 }
@@ -108,7 +121,6 @@ mod tests {
     use super::*;
     use crate::bench::migration::plan::plan;
     use crate::bench::migration::record::tests::record;
-    use crate::workload::Second;
 
     fn records() -> Vec<(Planned, Record)> {
         let workloads = [Workload::Idle, Workload::Ro, Workload::Rw, Workload::Tpcc, Workload::Spill];
@@ -136,6 +148,18 @@ mod tests {
                 (planned, run)
             })
             .collect()
+    }
+
+    #[test]
+    fn a_step_that_waited_and_the_next_one_share_their_seconds() {
+        let at = |wall| Second { wall, seconds: 1.0, committed: 4.0 };
+        // One step had to wait until 103.95, and the next one was over by 104.
+        let timeline = [99.5, 100.0, 101.0, 103.95, 104.0, 105.0, 105.5].map(at);
+        let found = by_second(&timeline, 100.0);
+        let counts: Vec<f64> = found.iter().map(|(_, count)| (count * 100.0).round() / 100.0).collect();
+        assert_eq!(counts, [4.0, 1.36, 1.36, 5.29, 4.0]);
+        assert_eq!(found[3].0, Span { from: 3.0, to: 4.0 });
+        assert!(by_second(&[], 0.0).is_empty() && by_second(&timeline[..1], 0.0).is_empty());
     }
 
     #[test]
