@@ -106,9 +106,10 @@ mod tests {
     fn a_report_is_written_whole_where_there_was_nothing() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("a/b/report.json");
-        write(&example(), &path).unwrap();
-        write(&example(), &path).unwrap();
-        assert_eq!(parse(&std::fs::read(&path).unwrap()).unwrap(), example());
+        let report = example();
+        write(&report, &path).unwrap();
+        write(&report, &path).unwrap();
+        assert_eq!(parse(&std::fs::read(&path).unwrap()).unwrap(), report);
         assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
     }
 
