@@ -16,8 +16,10 @@ use rustls::Connection;
 const STEP: usize = 128 * 1024;
 /// Bytes on their way to the near side at most, before no more is read.
 const WAITING_MAX: usize = 256 * 1024;
-/// How often a limited pump looks whether it may send again.
-const LIMITED: u16 = 5;
+/// Bytes at most that a limited pump is given at once, so that connections that share a limit take turns.
+const TURN: usize = 64 * 1024;
+/// A moment's rest where poll reports without being asked.
+const REST: Duration = Duration::from_millis(5);
 
 /// Pumps that still have something to pass on.
 static RUNNING: AtomicUsize = AtomicUsize::new(0);
@@ -49,34 +51,39 @@ pub fn drain(patience: Duration) {
 }
 
 /// Bytes per second that all connections of a migration may send together.
+///
+/// Whoever wants to send is given bytes and the moment from which on it may send them, each after those that were given before. So
+/// everybody sleeps once for a turn, however many wait.
 #[derive(Debug)]
 pub struct Bandwidth {
     per_second: u64,
-    level: Mutex<(u64, Instant)>,
+    /// When everything given up to now may have been sent.
+    free: Mutex<Instant>,
 }
+
+/// For how long at most what nobody sends is kept for later.
+const KEPT: Duration = Duration::from_millis(100);
 
 impl Bandwidth {
     /// That many; at least one.
     pub fn new(per_second: u64) -> Self {
-        Self { per_second: per_second.max(1), level: Mutex::new((0, Instant::now())) }
+        Self { per_second: per_second.max(1), free: Mutex::new(Instant::now()) }
     }
 
-    /// Takes up to `wanted` bytes, 0 when there are none now. What is not used within a tenth of a second is lost.
-    fn take(&self, wanted: usize) -> usize {
+    /// Takes up to `wanted` bytes, at least one of them: how many, and when they may be sent.
+    fn take(&self, wanted: usize) -> (usize, Instant) {
         self.take_at(wanted, Instant::now())
     }
 
-    fn take_at(&self, wanted: usize, now: Instant) -> usize {
-        let mut level = self.level.lock().unwrap_or_else(PoisonError::into_inner);
-        let (available, since) = *level;
-        let came = u128::from(self.per_second) * now.saturating_duration_since(since).as_micros() / 1_000_000;
-        let came = u64::try_from(came).unwrap_or(u64::MAX);
-        let most = (self.per_second / 10).max(1);
-        let available = available.saturating_add(came).min(most);
-        let taken = available.min(wanted as u64);
-        // A moment in which not even a byte came is not forgotten.
-        *level = (available - taken, if came > 0 { now } else { since });
-        usize::try_from(taken).unwrap_or(wanted)
+    fn take_at(&self, wanted: usize, now: Instant) -> (usize, Instant) {
+        // No more than is kept, or a slow link would have long turns.
+        let most = usize::try_from(self.per_second / 20).unwrap_or(TURN).clamp(1, TURN);
+        let taken = wanted.min(most);
+        let nanoseconds = (taken as u64).saturating_mul(1_000_000_000).div_ceil(self.per_second);
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = now.checked_sub(KEPT).map_or(*free, |earliest| earliest.max(*free));
+        *free = from + Duration::from_nanos(nanoseconds);
+        (taken, from)
     }
 }
 
@@ -210,8 +217,8 @@ fn pass(
     // What the near side sends, and what the peer sends: whether each has ended, and whether the other was told.
     let (mut near_ended, mut peer_ended, mut told_peer, mut told_near) = (false, false, false, false);
     peer_ended |= layer.received_already(&mut waiting, &mut buffer)?;
-    // Bytes that may be sent before the limit is asked again.
-    let mut allowance = 0;
+    // Bytes that may be sent before the limit is asked again, and from when on.
+    let (mut allowance, mut allowed_from) = (0, Instant::now());
     loop {
         if near_ended && !told_peer && !layer.wants_write() {
             tcp.shutdown(Shutdown::Write)?;
@@ -226,16 +233,19 @@ fn pass(
         }
         let may_read = !near_ended && !layer.wants_write();
         if may_read && allowance == 0 {
-            allowance = bandwidth.map_or(STEP, |bandwidth| bandwidth.take(STEP));
+            (allowance, allowed_from) =
+                bandwidth.map_or((STEP, allowed_from), |bandwidth| bandwidth.take(STEP));
         }
+        let held_back = allowed_from.saturating_duration_since(Instant::now());
+        let may_read = may_read && held_back.is_zero();
         let when = |wanted: bool, flag| if wanted { flag } else { PollFlags::empty() };
         let of_tcp = when(!peer_ended && waiting.len() < WAITING_MAX, PollFlags::POLLIN)
             | when(layer.wants_write(), PollFlags::POLLOUT);
-        let of_near = when(may_read && allowance > 0, PollFlags::POLLIN)
-            | when(!waiting.is_empty(), PollFlags::POLLOUT);
+        let of_near = when(may_read, PollFlags::POLLIN) | when(!waiting.is_empty(), PollFlags::POLLOUT);
         let mut fds = [PollFd::new(tcp.as_fd(), of_tcp), PollFd::new(near.as_fd(), of_near)];
-        let held_back = may_read && allowance == 0;
-        let timeout = if held_back { PollTimeout::from(LIMITED) } else { PollTimeout::NONE };
+        // A wait of less than a millisecond is one of a millisecond: what is kept for later makes up for it.
+        let milliseconds = u16::try_from(held_back.as_millis()).unwrap_or(u16::MAX).saturating_add(1);
+        let timeout = if held_back.is_zero() { PollTimeout::NONE } else { PollTimeout::from(milliseconds) };
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::Error::EINTR) => {}
             Err(error) => return Err(error.into()),
@@ -266,7 +276,7 @@ fn pass(
                 other => tried(other.map(drop))?,
             }
         }
-        if near_in && may_read && allowance > 0 {
+        if near_in && may_read {
             idle = false;
             let most = allowance.min(buffer.len());
             match near.read(buffer.get_mut(..most).unwrap_or_default()) {
@@ -288,7 +298,7 @@ fn pass(
             if seen_hang_up && !told_peer && peer_ended {
                 return Err(io::ErrorKind::ConnectionReset.into());
             }
-            std::thread::sleep(Duration::from_millis(u64::from(LIMITED)));
+            std::thread::sleep(REST);
         }
     }
 }
@@ -323,17 +333,50 @@ mod tests {
         writing.join().unwrap();
     }
 
+    /// Bytes that may be sent until then by somebody who waits for each turn, from `at` on.
+    fn sent_until(bandwidth: &Bandwidth, mut at: Instant, end: Instant) -> usize {
+        let mut sent = 0;
+        loop {
+            let (taken, from) = bandwidth.take_at(STEP, at);
+            at = at.max(from);
+            if at > end {
+                return sent;
+            }
+            sent += taken;
+        }
+    }
+
     #[test]
-    fn no_more_is_taken_than_the_limit_gives() {
+    fn no_more_is_given_than_the_limit_and_no_less() {
+        for rate in [1, 19, 1_000, 1_000_000, 10_000_000_000] {
+            let bandwidth = Bandwidth::new(rate);
+            let begun = Instant::now();
+            *bandwidth.free.lock().unwrap() = begun;
+            let (rate, turn) = (rate as usize, (rate as usize / 20).clamp(1, TURN));
+            let sent = sent_until(&bandwidth, begun, begun + Duration::from_secs(10));
+            // Turns are whole nanoseconds.
+            let least = 10 * rate - rate / 1000 - turn;
+            assert!((least..=10 * rate + turn).contains(&sent), "{sent} at {rate} a second");
+            // After a long pause: what is kept, and what comes within a second.
+            let later = begun + Duration::from_secs(60);
+            let sent = sent_until(&bandwidth, later, later + Duration::from_secs(1));
+            let kept = rate + rate / 10;
+            let least = (kept - rate / 1000).saturating_sub(turn);
+            assert!((least..=kept + turn).contains(&sent), "{sent} at {rate} a second");
+        }
+    }
+
+    #[test]
+    fn those_who_wait_have_a_turn_each() {
         let bandwidth = Bandwidth::new(1_000_000);
         let begun = Instant::now();
-        let mut taken = 0;
-        // Asked every 7 microseconds for ten seconds, and then after a long pause.
-        let steps = 10_000_000 / 7;
-        for step in 0..steps {
-            taken += bandwidth.take_at(STEP, begun + Duration::from_micros(7 * step));
-        }
-        assert!((9_990_000..=10_000_000).contains(&taken), "{taken}");
-        assert_eq!(bandwidth.take_at(1_000_000, begun + Duration::from_secs(60)), 100_000);
+        *bandwidth.free.lock().unwrap() = begun;
+        let turns: Vec<_> = (0..4).map(|_| bandwidth.take_at(STEP, begun)).collect();
+        let expected: Vec<_> =
+            (0..4).map(|turn| (50_000, begun + Duration::from_millis(50 * turn))).collect();
+        assert_eq!(turns, expected);
+        // Who wants little waits for little.
+        assert_eq!(bandwidth.take_at(10, begun), (10, begun + Duration::from_millis(200)));
+        assert_eq!(bandwidth.take_at(1, begun), (1, begun + Duration::from_micros(200_010)));
     }
 }

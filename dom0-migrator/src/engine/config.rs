@@ -29,6 +29,8 @@ pub struct Config {
     /// Source: passes over memory, counted from the first, in which pages may go by reference. A page that is sent again
     /// was written to after the lists were taken, so its hint is most likely stale: 1 by default.
     pub reference_passes: u32,
+    /// Both: whether the process ends soon after the stream: memory is left to its exit then. What ends in the middle lets go of it all the same.
+    pub process_ends: bool,
     /// Both: threads that hash pages. Each of the source's holds a record of 4 MiB.
     pub hashers: usize,
     /// Source: how long [`SourceFilter::drain`](super::SourceFilter::drain) waits before it sends retained pages raw.
@@ -65,6 +67,7 @@ impl Default for Config {
             references: true,
             compare: false,
             reference_passes: 1,
+            process_ends: false,
             hashers: std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4)),
             drain_timeout: Duration::from_secs(30),
             hello_timeout: Duration::from_secs(30),

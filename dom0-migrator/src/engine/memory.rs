@@ -3,9 +3,19 @@
 
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// What the processor's tables map in one step, where the kernel may (`madvise(2)`, `MADV_HUGEPAGE`).
 const HUGE: usize = 2 << 20;
+
+/// Whether memory that is dropped stays mapped.
+static LEFT_TO_EXIT: AtomicBool = AtomicBool::new(false);
+
+/// From now on memory that is dropped, anywhere in this process, is left to the process's exit. For one that is about to end: the kernel takes
+/// all of it at once then, whereas what is unmapped piece by piece holds up the other threads' mappings meanwhile.
+pub fn leave_to_exit() {
+    LEFT_TO_EXIT.store(true, Ordering::Relaxed);
+}
 
 /// Anonymous memory of this process alone.
 #[derive(Debug)]
@@ -86,7 +96,7 @@ impl DerefMut for Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         let (mapped, length) = self.mapped;
-        if length > 0 {
+        if length > 0 && !LEFT_TO_EXIT.load(Ordering::Relaxed) {
             // SAFETY: exactly what was mapped; nothing borrows from it any more.
             unsafe { libc::munmap(mapped.as_ptr().cast(), length) };
         }
@@ -96,6 +106,36 @@ impl Drop for Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Whether a page is mapped in this process.
+    fn is_mapped(page: *mut u8) -> bool {
+        let mut in_memory = 0;
+        // SAFETY: asks about an address; one that is not mapped is an error.
+        unsafe { libc::mincore(page.cast(), 4096, &raw mut in_memory) == 0 }
+    }
+
+    #[test]
+    fn what_is_left_to_the_exit_stays_mapped() {
+        // It is for good, so for a process of its own.
+        // SAFETY: the child calls the kernel, and nothing that might wait for another thread.
+        match unsafe { libc::fork() } {
+            0 => {
+                leave_to_exit();
+                let mut left = Memory::zeroed(1 << 20);
+                let left_page = left.as_mut_ptr();
+                drop(left);
+                let is_left = is_mapped(left_page);
+                // SAFETY: ends the child.
+                unsafe { libc::_exit(i32::from(!is_left)) };
+            }
+            child => {
+                let mut status = 0;
+                // SAFETY: waits for the child that was just made.
+                assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+                assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "{status}");
+            }
+        }
+    }
 
     #[test]
     fn it_is_zeroed_aligned_and_as_long_as_was_asked_for() {

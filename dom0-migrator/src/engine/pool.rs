@@ -129,6 +129,15 @@ impl Pool {
         drop(excess);
     }
 
+    /// Lets go of the memory that nobody has. What is wanted later is taken from the system again.
+    pub fn let_go_of_free(&self) {
+        let mut state = self.0.lock();
+        let count = state.free.len();
+        let free = state.let_go(count);
+        drop(state);
+        drop(free);
+    }
+
     /// Bytes of the buffers that nobody has.
     #[cfg(test)]
     pub fn free_bytes(&self) -> usize {
@@ -244,6 +253,7 @@ mod tests {
         Drop(usize),
         LetGo(usize),
         HoldBeside(u64),
+        LetGoOfFree,
     }
 
     fn step() -> impl Strategy<Value = Step> {
@@ -253,6 +263,7 @@ mod tests {
             4 => any::<usize>().prop_map(Step::Drop),
             3 => any::<usize>().prop_map(Step::LetGo),
             1 => (0_u64..400).prop_map(Step::HoldBeside),
+            1 => Just(Step::LetGoOfFree),
         ]
     }
 
@@ -283,6 +294,10 @@ mod tests {
                     Step::HoldBeside(bytes) => {
                         pool.hold_beside(bytes);
                         beside = bytes as usize;
+                    }
+                    Step::LetGoOfFree => {
+                        pool.let_go_of_free();
+                        prop_assert_eq!(pool.free_bytes(), 0);
                     }
                     _ => {}
                 }

@@ -82,7 +82,7 @@ fn restore(
         .iter()
         .map(|disk| DiskName { vdev: Vdev(disk.vdev), path: disk.path.clone() })
         .collect();
-    let mut config = Config { own_disks: Some(own_disks), ..Config::default() };
+    let mut config = Config { own_disks: Some(own_disks), process_ends: true, ..Config::default() };
     let mut beginning = Vec::new();
     if peer.is_none() {
         let found = offer::take(wire.as_fd())

@@ -120,6 +120,7 @@ fn save(
         config: Config {
             references: order.references,
             compare: arguments.flags & SAVE_DEBUG != 0,
+            process_ends: true,
             ..Config::default()
         },
     };

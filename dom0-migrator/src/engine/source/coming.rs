@@ -59,7 +59,7 @@ impl Awaited {
         let knowledge = Arc::clone(knowledge);
         std::thread::Builder::new().name("source-side-open".into()).spawn(move || {
             let Ok(socket) = sockets.recv() else { return };
-            let opened = Side::open(socket, &disks, &knowledge.map, &config);
+            let opened = Side::open(socket, &disks, &knowledge.map(), &config);
             // Nobody waits for it any more.
             if let Err(unsent) = sender.send(opened)
                 && let Ok((side, _)) = unsent.into_inner()

@@ -17,6 +17,7 @@ use crate::engine::dirty_log::Look;
 use crate::engine::error::{EngineError, StreamProblem};
 use crate::engine::intake::{Arrived, Incoming, Intake};
 use crate::engine::late_writes::LastSent;
+use crate::engine::memory;
 use crate::engine::memory_record::{self, Builder};
 use crate::engine::outlet::{Outlet, Parcel, Piece};
 use crate::engine::pool::Pool;
@@ -135,6 +136,9 @@ impl Filter {
                 Incoming::Other(header) => {
                     self.other_record(header)?;
                     if header.kind == record::END {
+                        if self.config.process_ends {
+                            memory::leave_to_exit();
+                        }
                         return Ok(());
                     }
                 }

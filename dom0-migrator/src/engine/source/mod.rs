@@ -41,8 +41,8 @@ mod side;
 mod work;
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -115,6 +115,9 @@ pub struct SourceFilter {
     aborted: Arc<AtomicBool>,
     stats: Arc<Mutex<SourceStats>>,
     looks: Option<Arc<Looks>>,
+    /// The input's buffers, and the map for as long as it is there.
+    #[cfg(test)]
+    pub(super) memory: (Pool, std::sync::Weak<ReferenceMap>),
     thread: JoinHandle<Result<SourceSummary, EngineError>>,
 }
 
@@ -180,13 +183,10 @@ impl SourceFilter {
             .clone()
             .map(|log| Looks::new(log, Arc::clone(&stats)))
             .map_or((None, None), |(looks, taken)| (Some(Arc::new(looks)), Some(taken)));
-        let knowledge = Arc::new(Knowledge {
-            map,
-            agreed: side.as_ref().map_or_else(OnceLock::new, |side| Agreed::on(side).into()),
-            reference_passes: config.reference_passes,
-            may_refer: AtomicBool::new(may_refer),
-            room: AtomicUsize::new(window.room()),
-        });
+        let knowledge = Knowledge::new(map, side.as_ref().map(Agreed::on), config.reference_passes);
+        knowledge.may_refer.store(may_refer, Ordering::Relaxed);
+        knowledge.room.store(window.room(), Ordering::Relaxed);
+        let knowledge = Arc::new(knowledge);
         let awaited = coming.map(|coming| Awaited::start(coming, disks, &knowledge, &config));
         let awaited = awaited.transpose().map_err(EngineError::Start)?;
         let hashers = config.hashers.max(1);
@@ -207,6 +207,8 @@ impl SourceFilter {
             ToWorkers { workers, pass: Pass::default() },
         )
         .map_err(EngineError::Start)?;
+        #[cfg(test)]
+        let memory = (pool.clone(), Arc::downgrade(&knowledge.map()));
         let mut filter = Filter {
             arrived: intake.arrived.clone(),
             outlet,
@@ -251,7 +253,16 @@ impl SourceFilter {
                 result.map(|(stats, travel)| SourceSummary { stats, travel, ..summary })
             })
             .map_err(EngineError::Start)?;
-        Ok(Self { requests, ringer, aborted, stats, looks, thread })
+        Ok(Self {
+            requests,
+            ringer,
+            aborted,
+            stats,
+            looks,
+            #[cfg(test)]
+            memory,
+            thread,
+        })
     }
 
     fn ask(&self, request: Request) {

@@ -74,12 +74,23 @@ impl Filter {
             drain.report.refused = self.stats.references_refused - drain.before.1;
             drain.report.synced = drain.sync.is_some() && is_synced;
             self.stats.drain_seconds += elapsed;
-            self.window.close();
-            self.pool.hold_beside(0);
+            self.let_go(drain.arrive);
             self.publish();
             let _ = drain.reply.send(drain.report);
         }
         Ok(None)
+    }
+
+    /// Nothing goes by reference any more: lets go of what that took, and, before the domain is suspended, of whatever else is not in use. The
+    /// process's exit, which libxl waits for while the domain stands still, would have to do it.
+    fn let_go(&mut self, suspending: bool) {
+        self.window.close();
+        self.pool.hold_beside(0);
+        self.knowledge.forget_map();
+        if suspending {
+            self.pool.let_go_of_free();
+            self.copies.let_go_of_free();
+        }
     }
 
     /// Waits until all that was sent is written.

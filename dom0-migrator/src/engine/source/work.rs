@@ -5,7 +5,7 @@
 //! the filter's thread, when the record's turn has come.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -78,7 +78,7 @@ impl Agreed {
 /// What the workers know.
 #[derive(Debug)]
 pub(super) struct Knowledge {
-    pub(super) map: ReferenceMap,
+    map: RwLock<Arc<ReferenceMap>>,
     /// None without a side channel: nothing is looked for then. Of one that comes late, from then on.
     pub(super) agreed: OnceLock<Agreed>,
     /// Passes in which pages may go by reference.
@@ -90,6 +90,29 @@ pub(super) struct Knowledge {
 }
 
 impl Knowledge {
+    /// That pages lie where `map` says, if they may go by reference; of an `agreed` that is yet to come, none is known.
+    pub(super) fn new(map: ReferenceMap, agreed: Option<Agreed>, reference_passes: u32) -> Self {
+        Self {
+            map: RwLock::new(Arc::new(map)),
+            agreed: agreed.map_or_else(OnceLock::new, Into::into),
+            reference_passes,
+            may_refer: AtomicBool::new(false),
+            room: AtomicUsize::new(0),
+        }
+    }
+
+    /// Where pages lie.
+    pub(super) fn map(&self) -> Arc<ReferenceMap> {
+        Arc::clone(&self.map.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Nothing goes by reference any more: lets go of the map, which takes 1 GiB for the largest guests.
+    pub(super) fn forget_map(&self) {
+        let none = Arc::new(ReferenceMap::new(Pfn(0)));
+        let map = std::mem::replace(&mut *self.map.write().unwrap_or_else(PoisonError::into_inner), none);
+        drop(map);
+    }
+
     /// Looks at every page of a record.
     pub(super) fn work(&self, record: &mut Record) {
         let Some(agreed) = self.agreed.get() else { return };
@@ -98,7 +121,8 @@ impl Knowledge {
         let refer = self.may_refer.load(Ordering::Relaxed) && record.pass <= self.reference_passes;
         let mut room = if refer { self.room.load(Ordering::Relaxed) } else { 0 };
         let mut listed = Vec::with_capacity(if refer { pages.pages() } else { 0 });
-        let mut places = self.map.cursor();
+        let map = self.map();
+        let mut places = map.cursor();
         record.classes.extend(pages.pages_by_entry().map(|(entry, page)| match page {
             None => Class::NoData,
             Some(page) if entry.page_type == NOTAB && page == ZERO_PAGE => Class::Zero,

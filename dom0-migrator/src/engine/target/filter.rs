@@ -11,9 +11,10 @@ use crate::engine::config::Config;
 use crate::engine::error::{EngineError, StreamProblem};
 use crate::engine::intake::{Arrived, Dispatch, Incoming, Intake};
 use crate::engine::late_writes::{self, LateWrites};
+use crate::engine::memory;
 use crate::engine::memory_record::{self, MemoryRecord, PrivateRecord, SpanKind};
 use crate::engine::outlet::{Outlet, Parcel};
-use crate::engine::pool::Buffer;
+use crate::engine::pool::{Buffer, Pool};
 use crate::engine::restorer::{Batch, Key, Restorer, Wanted};
 use crate::engine::side_message::Refusal;
 use crate::engine::summary::{DiskSummary, RefusalCounts, TargetStats, TargetSummary};
@@ -101,6 +102,8 @@ pub(super) struct Filter {
     pub(super) shared: Arc<Mutex<TargetStats>>,
     pub(super) disks: Vec<DiskSummary>,
     pub(super) late_writes: LateWrites,
+    /// The input's buffers.
+    pub(super) pool: Pool,
 }
 
 impl Filter {
@@ -154,6 +157,9 @@ impl Filter {
                 Incoming::Other(header) => {
                     self.other_record(header)?;
                     if header.kind == record::END {
+                        if self.config.process_ends {
+                            memory::leave_to_exit();
+                        }
                         return Ok(());
                     }
                 }
@@ -391,6 +397,8 @@ impl Filter {
             // Said once all that came before is in libxenguest's pipe; whoever hears it may look at the counters.
             (PrivateRecord::Sync(number), Phase::Memory) => {
                 self.publish();
+                // Most likely the domain is suspended next: what follows is little.
+                self.pool.let_go_of_free();
                 self.send(Parcel { then: Some(Saying::Synced(number)), ..Parcel::bytes(Vec::new()) })
             }
         }

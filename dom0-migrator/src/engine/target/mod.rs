@@ -68,6 +68,9 @@ pub struct TargetFilter {
     ringer: Ringer,
     aborted: Arc<AtomicBool>,
     stats: Arc<Mutex<TargetStats>>,
+    /// The input's buffers.
+    #[cfg(test)]
+    pub(super) pool: Pool,
     thread: JoinHandle<Result<TargetSummary, EngineError>>,
 }
 
@@ -97,16 +100,19 @@ impl TargetFilter {
             }
         })
         .map_err(EngineError::Start)?;
+        let pool = Pool::with_length(BUFFERS, MAX_PRIVATE);
         let intake = Intake::start(
             "target-intake",
             Input::with_beginning(from_wire, beginning),
             (ringer.clone(), bell),
             Arc::clone(&aborted),
-            Pool::with_length(BUFFERS, MAX_PRIVATE),
+            pool.clone(),
             never(),
             AsTheyAre,
         )
         .map_err(EngineError::Start)?;
+        #[cfg(test)]
+        let of_input = pool.clone();
         let filter = Filter {
             arrived: intake.arrived.clone(),
             outlet,
@@ -123,6 +129,7 @@ impl TargetFilter {
             shared: Arc::clone(&stats),
             disks: Vec::new(),
             late_writes: LateWrites::default(),
+            pool,
         };
         let thread = std::thread::Builder::new()
             .name("target-filter".into())
@@ -132,7 +139,14 @@ impl TargetFilter {
                 filter.end(intake, result)
             })
             .map_err(EngineError::Start)?;
-        Ok(Self { ringer, aborted, stats, thread })
+        Ok(Self {
+            ringer,
+            aborted,
+            stats,
+            #[cfg(test)]
+            pool: of_input,
+            thread,
+        })
     }
 
     /// The counters as they are now.

@@ -8,6 +8,7 @@ use super::guest_stream::{
     Sent, beginning, beginning_pvh, disk_page, ending, other_page, page_data, record, restore,
 };
 use super::pair::{AFTER_END, Pair, collect, config, disk, map, only, plain_source, plain_target};
+use crate::engine::memory_record;
 use crate::engine::xen_stream::{PAGE, PageData, XALLOC, record as kinds};
 use crate::engine::{
     Config, LateWrites, ReferenceMap, SourceFilter, SourceParts, TargetFilter, TargetParts, Way,
@@ -226,6 +227,33 @@ fn after_the_drain_all_is_in_libxenguests_hands_and_nothing_is_referred_to() {
     assert_eq!(restore(&outcome.stream), restore(&stream));
     let stats = outcome.source.unwrap().stats;
     assert_eq!((stats.pages_referenced, stats.pages_zero, stats.rounds), (40, 9, 2));
+}
+
+/// What a process holds when it ends has to be taken from it while the domain stands still.
+#[test]
+fn before_the_domain_is_suspended_memory_is_let_go_of() {
+    let disk = disk(64);
+    let (mut pair, mut stream) = after_the_first_pass(&disk);
+    let (of_source, map) = pair.source.memory.clone();
+    let of_target = pair.target.pool.clone();
+    for pool in [&of_source, &of_target] {
+        // As after a pass in which libxenguest, the network or the disk was slow.
+        let all: Vec<_> = (0..5).map(|_| pool.take(1 << 20)).collect();
+        drop(all);
+    }
+    pair.source.settle_references().unwrap();
+    assert!(map.upgrade().is_none(), "nothing is looked up in it any more");
+    assert!(of_source.free_bytes() >= 4 << 20, "one more pass is to come");
+    assert!(pair.source.drain().unwrap().synced);
+    assert_eq!(of_source.free_bytes(), 0);
+    // That of the record that asked came back since, and maybe that of the one before.
+    let left = of_target.free_bytes();
+    assert!(left <= 2 * memory_record::MAX_BODY, "{left}");
+    let rest = [page_data(&[Sent::page(20, disk_page(20))]), ending()].concat();
+    pair.write(&rest);
+    stream.extend(rest);
+    let outcome = pair.finish();
+    assert_eq!(restore(&outcome.stream), restore(&stream));
 }
 
 #[test]

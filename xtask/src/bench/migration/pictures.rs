@@ -9,7 +9,8 @@ use crate::plot::{Bars, Group, Line, Lines, Series, Span};
 use crate::workload::{Second, Workload};
 
 /// All variants, in the order in which they stand beside each other.
-const VARIANTS: [Variant; 4] = [Variant::Stock, Variant::StockZstd, Variant::NoReferences, Variant::Poolskip];
+const VARIANTS: [Variant; 5] =
+    [Variant::Stock, Variant::StockZstd, Variant::NoReferences, Variant::Poolskip, Variant::Compressed];
 
 /// A number of a run.
 type Number = fn(&Record) -> f64;
@@ -103,6 +104,7 @@ const fn series(variant: Variant) -> Series {
         Variant::StockZstd => Series { name: "stock Xen, zstd", colour: "#b8c2cc" },
         Variant::NoReferences => Series { name: "Poolskip without references", colour: "#e69f00" },
         Variant::Poolskip => Series { name: "Poolskip", colour: "#0072b2" },
+        Variant::Compressed => Series { name: "Poolskip, compressed", colour: "#56b4e9" },
     }
 }
 
@@ -124,7 +126,7 @@ mod tests {
 
     fn records() -> Vec<(Planned, Record)> {
         let workloads = [Workload::Idle, Workload::Ro, Workload::Rw, Workload::Tpcc, Workload::Spill];
-        plan(&workloads, 3, &[Variant::NoReferences, Variant::StockZstd], 1)
+        plan(&workloads, 3, &[Variant::NoReferences, Variant::StockZstd, Variant::Compressed], 1)
             .into_iter()
             .enumerate()
             .map(|(number, planned)| {
@@ -134,6 +136,7 @@ mod tests {
                     Variant::StockZstd => (150.0, 420e6),
                     Variant::NoReferences => (140.0, 508e6),
                     Variant::Poolskip => (60.0, 171e6),
+                    Variant::Compressed => (40.0, 80e6),
                 };
                 let mut run = record(total * wobble, (bytes * wobble) as u64);
                 if planned.workload != Workload::Idle {

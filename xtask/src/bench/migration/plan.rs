@@ -14,6 +14,8 @@ pub enum Variant {
     Poolskip,
     /// Poolskip that asks the guest for nothing: zero pages and policy, no references
     NoReferences,
+    /// All of Poolskip, and the stream compressed where that is faster (`--compress auto`)
+    Compressed,
     /// Xen's own helper, with zstd on the pipe
     StockZstd,
 }
@@ -25,6 +27,7 @@ impl Variant {
             Self::Stock => "stock",
             Self::Poolskip => "poolskip",
             Self::NoReferences => "no_references",
+            Self::Compressed => "compressed",
             Self::StockZstd => "stock_zstd",
         }
     }

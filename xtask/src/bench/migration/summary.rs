@@ -51,8 +51,8 @@ const OURS: [(&str, &str, Number); 10] = [
 /// What the other baselines are compared by.
 const BASELINES: [(&str, &str, Number); 3] = [COMPARED[0], COMPARED[1], COMPARED[2]];
 
-/// The figures of all workloads that were run: ours, with stock as the baseline; ours with other baselines, named after them; and
-/// ours with what the model says it could be at best.
+/// The figures of all workloads that were run: ours, with stock as the baseline; ours with other baselines, named after them; ours with
+/// compression, against stock without and with it; and ours with what the model says it could be at best.
 pub fn report(records: &[(Planned, Record)], bounds: Bounds) -> Report {
     let mut figures = Vec::new();
     for workload in workloads(records) {
@@ -71,11 +71,15 @@ pub fn report(records: &[(Planned, Record)], bounds: Bounds) -> Report {
                 figures.push(Figure::alone(format!("{name}_{what}"), unit, samples));
             }
         }
-        for baseline in [Variant::NoReferences, Variant::StockZstd] {
-            for (what, unit, number) in BASELINES {
+        for (what, unit, number) in BASELINES {
+            for baseline in [Variant::NoReferences, Variant::StockZstd] {
                 let figure = format!("{name}_{what}_to_{}", baseline.name());
                 push(&mut figures, figure, unit, &ours, &of(baseline), number);
             }
+            let (compressed, by_stock) = (of(Variant::Compressed), of(Variant::StockZstd));
+            let figure = format!("{name}_compressed_{what}");
+            push(&mut figures, format!("{figure}_to_stock_zstd"), unit, &compressed, &by_stock, number);
+            push(&mut figures, figure, unit, &compressed, &stock, number);
         }
         let totals = |runs: &[&Record]| runs.iter().map(|run| run.total_seconds).collect::<Vec<_>>();
         if let Some(model) = model(&stock, &ours, bounds) {
@@ -166,6 +170,7 @@ mod tests {
             run(Variant::Stock, 2, 90.0, 1000),
             run(Variant::Poolskip, 2, 42.0, 250),
             run(Variant::StockZstd, 0, 60.0, 500),
+            run(Variant::Compressed, 0, 30.0, 100),
         ];
         for (planned, record) in &mut records {
             if planned.variant == Variant::Poolskip {
@@ -186,6 +191,8 @@ mod tests {
         assert_eq!((total.value, total.baseline, total.ratio), (42.0, Some(100.0), Some(0.42)));
         assert_eq!(figure(&report, "rw_wire_bytes").ratio, Some(0.25));
         assert_eq!(figure(&report, "rw_wire_bytes_to_stock_zstd").ratio, Some(0.5));
+        assert_eq!(figure(&report, "rw_compressed_wire_bytes").ratio, Some(0.1));
+        assert_eq!(figure(&report, "rw_compressed_total_seconds_to_stock_zstd").ratio, Some(0.5));
         assert!(!report.figures.iter().any(|figure| figure.name.contains("no_references")));
         assert!(!report.figures.iter().any(|figure| figure.name.contains("throughput")));
     }
