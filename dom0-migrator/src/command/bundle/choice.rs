@@ -17,8 +17,6 @@ const LONGEST: Duration = Duration::from_secs(3);
 const TRIED: usize = 16;
 /// The smallest block that tells something.
 const TELLING: usize = 16 * 1024;
-/// Share of the time in which sending waits for the link, from which on it is the link that sets the pace.
-const HELD_UP: f64 = 0.5;
 /// What compression must gain to be worth its processor time.
 const GAIN: f64 = 1.1;
 
@@ -44,10 +42,11 @@ impl Tried {
 /// What was measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Measurement {
-    /// Bytes per second that the link took.
+    /// Bytes per second that the link took: those that have arrived.
     link: f64,
-    /// Share of the time in which all connections waited for it.
-    held_up: f64,
+    /// Bytes per second that there were to send while nobody waited for the link. What the system's buffers took counts, which on a slow link is all
+    /// of the first seconds.
+    offered: f64,
     /// Blocks that are compressed at once.
     at_once: f64,
     lz4: Tried,
@@ -57,15 +56,14 @@ struct Measurement {
 impl Measurement {
     /// The codec with which the stream is fastest.
     fn choose(&self) -> Codec {
-        if self.held_up < HELD_UP {
-            return Codec::Raw;
-        }
-        let with = |tried: Tried| (tried.rate() * self.at_once).min(self.link / tried.ratio().max(0.001));
+        let with = |tried: Tried| {
+            (tried.rate() * self.at_once).min(self.link / tried.ratio().max(0.001)).min(self.offered)
+        };
         let (codec, rate) = [(Codec::Lz4, self.lz4), (Codec::Zstd, self.zstd)]
             .map(|(codec, tried)| (codec, with(tried)))
             .into_iter()
             .fold((Codec::Raw, 0.0), |best, one| if one.1 > best.1 { one } else { best });
-        if rate > self.link * GAIN { codec } else { Codec::Raw }
+        if rate > self.link.min(self.offered) * GAIN { codec } else { Codec::Raw }
     }
 }
 
@@ -79,7 +77,7 @@ pub struct Choice {
 
 impl fmt::Display for Choice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Measurement { link, held_up, at_once, lz4, zstd } = self.measured;
+        let Measurement { link, offered, at_once, lz4, zstd } = self.measured;
         let chosen = match self.codec {
             Codec::Raw => "no compression",
             Codec::Lz4 => "lz4",
@@ -88,19 +86,29 @@ impl fmt::Display for Choice {
         let of = |tried: Tried| format!("{:.2} of a block at {:.0} MB/s", tried.ratio(), tried.rate() / 1e6);
         write!(
             f,
-            "{chosen}: the link took {:.1} MB/s and was waited for {:.0} % of the time; lz4 makes {}, zstd {}, {at_once:.0} at once",
+            "{chosen}: the link took {:.1} MB/s of {:.1} MB/s that there were to send; lz4 makes {}, zstd {}, {at_once:.0} at once",
             link / 1e6,
-            held_up * 100.0,
+            offered / 1e6,
             of(lz4),
             of(zstd),
         )
     }
 }
 
+/// When the measurement began.
+#[derive(Clone, Copy, Debug)]
+struct Beginning {
+    at: Instant,
+    /// Bytes that had arrived by then.
+    arrived: u64,
+    /// Bytes that had been written.
+    written: u64,
+}
+
 #[derive(Debug, Default)]
 struct State {
     seen: u64,
-    began: Option<(Instant, u64)>,
+    began: Option<Beginning>,
     waited: Duration,
     tried: usize,
     lz4: Tried,
@@ -172,21 +180,24 @@ impl Chooser {
         if state.choice.is_some() || state.seen < SKIPPED {
             return;
         }
-        let Some((began, before)) = state.began else {
-            state.began = Some((Instant::now(), acknowledged()));
+        let Some(began) = state.began else {
+            let (at, arrived, written) = (Instant::now(), acknowledged(), state.seen);
+            state.began = Some(Beginning { at, arrived, written });
             return;
         };
         state.waited += waited;
-        let elapsed = began.elapsed();
+        let elapsed = began.at.elapsed();
         let enough = elapsed >= LONG && state.seen >= ENOUGH && state.tried > 0;
         if !enough && elapsed < LONGEST {
             return;
         }
         let seconds = elapsed.as_secs_f64();
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        // What is written meanwhile is written by all connections at once.
+        let free = seconds - state.waited.as_secs_f64() / self.connections as f64;
         let measured = Measurement {
-            link: acknowledged().saturating_sub(before) as f64 / seconds,
-            held_up: state.waited.as_secs_f64() / (seconds * self.connections as f64),
+            link: acknowledged().saturating_sub(began.arrived) as f64 / seconds,
+            offered: (state.seen - began.written) as f64 / free.max(seconds / 1000.0),
             at_once: self.connections.min(processors) as f64,
             lz4: state.lz4,
             zstd: state.zstd,
@@ -205,8 +216,8 @@ mod tests {
         Tried { bytes: 1_000_000, stored: (1e6 * ratio) as u64, seconds: 1e6 / rate }
     }
 
-    fn measured(link: f64, held_up: f64) -> Measurement {
-        Measurement { link, held_up, at_once: 2.0, lz4: tried(0.6, 600e6), zstd: tried(0.4, 250e6) }
+    fn measured(link: f64, offered: f64) -> Measurement {
+        Measurement { link, offered, at_once: 2.0, lz4: tried(0.6, 600e6), zstd: tried(0.4, 250e6) }
     }
 
     #[test]
@@ -214,29 +225,30 @@ mod tests {
         for (link, codec) in
             [(4e6, Codec::Zstd), (125e6, Codec::Zstd), (600e6, Codec::Lz4), (1.25e9, Codec::Raw)]
         {
-            assert_eq!(measured(link, 1.0).choose(), codec, "{link}");
+            assert_eq!(measured(link, 3e9).choose(), codec, "{link}");
         }
     }
 
     #[test]
-    fn a_link_that_nobody_waits_for_is_left_alone() {
-        assert_eq!(measured(4e6, 0.1).choose(), Codec::Raw);
+    fn a_link_that_takes_all_there_is_is_left_alone() {
+        assert_eq!(measured(4e6, 4.2e6).choose(), Codec::Raw);
+        // What is still on its way has not arrived, which does not mean that the link is slow.
+        assert_eq!(measured(97e6, 100e6).choose(), Codec::Raw);
     }
 
     #[test]
     fn what_does_not_get_shorter_is_left_alone() {
         let noise = Measurement { lz4: tried(1.0, 1e9), zstd: tried(0.97, 1e9), ..measured(4e6, 1.0) };
         assert_eq!(noise.choose(), Codec::Raw);
-        assert_eq!(Measurement { held_up: 1.0, link: 1e6, ..Measurement::default() }.choose(), Codec::Raw);
+        assert_eq!(Measurement { offered: 1e9, link: 1e6, ..Measurement::default() }.choose(), Codec::Raw);
     }
 
     #[test]
     fn the_choice_has_its_numbers() {
-        let measured = measured(4e6, 0.9);
+        let measured = measured(4e6, 9e6);
         let words = Choice { codec: measured.choose(), measured }.to_string();
         for part in [
-            "zstd: the link took 4.0 MB/s",
-            "90 %",
+            "zstd: the link took 4.0 MB/s of 9.0 MB/s that there were to send",
             "0.60 of a block at 600 MB/s",
             "0.40 of a block at 250 MB/s",
         ] {
@@ -251,12 +263,32 @@ mod tests {
         let block = vec![7; 64 * 1024];
         chooser.sent(SKIPPED as usize, Duration::ZERO, || 0);
         // As if it had begun long ago, and been waited for all the time.
-        let long_ago = Instant::now() - Duration::from_secs(4);
-        chooser.state().began = Some((long_ago, 0));
+        begun_long_ago(&chooser);
         assert_eq!(chooser.codec(&block, &mut coder), Codec::Raw);
-        chooser.sent(block.len(), Duration::from_secs(4), || 4_000_000);
+        chooser.sent(block.len(), Duration::from_secs(4), || 40_000);
         let choice = chooser.choice().unwrap();
         assert_ne!(choice.codec, Codec::Raw, "{choice}");
         assert_eq!(chooser.codec(&block, &mut coder), choice.codec);
+    }
+
+    fn begun_long_ago(chooser: &Chooser) {
+        let at = Instant::now() - Duration::from_secs(4);
+        let written = chooser.state().seen;
+        chooser.state().began = Some(Beginning { at, arrived: 0, written });
+    }
+
+    /// A connection's buffers take megabytes, on a link of 40 Mbit/s all that there is in the first seconds.
+    #[test]
+    fn what_the_system_s_buffers_take_does_not_hide_a_slow_link() {
+        let (mut coder, block) = (Coder::new(), vec![7; 64 * 1024]);
+        for (arrived, is_slow) in [(4 << 20, true), (19 << 20, false)] {
+            let chooser = Chooser::new(Compression::Auto, 4);
+            chooser.sent(SKIPPED as usize, Duration::ZERO, || 0);
+            begun_long_ago(&chooser);
+            chooser.codec(&block, &mut coder);
+            chooser.sent(20 << 20, Duration::ZERO, || arrived);
+            let choice = chooser.choice().unwrap();
+            assert_eq!(choice.codec != Codec::Raw, is_slow, "{choice}");
+        }
     }
 }
