@@ -90,7 +90,7 @@ pub(super) struct Knowledge {
 }
 
 impl Knowledge {
-    /// That pages lie where `map` says, if they may go by reference; of an `agreed` that is yet to come, none is known.
+    /// That pages lie where `map` says, if they may go by reference. `agreed` is none if that is yet to come, or will not.
     pub(super) fn new(map: ReferenceMap, agreed: Option<Agreed>, reference_passes: u32) -> Self {
         Self {
             map: RwLock::new(Arc::new(map)),

@@ -85,7 +85,7 @@ impl Bed for LabBed {
             Variant::Poolskip => start_with(lab, from, &[])?.finish(lab)?,
             Variant::NoReferences => start_with(lab, from, &["--no-references"])?.finish(lab)?,
             Variant::Compressed => start_with(lab, from, &["--compress", "auto"])?.finish(lab)?,
-            Variant::StockZstd => compressed(lab, from)?,
+            Variant::StockZstd => stock_with_zstd(lab, from)?,
         };
         let ended = now()?;
         let (cpu_after, link_after) = (dom0_seconds(lab)?, lab.link_bytes()?);
@@ -153,7 +153,7 @@ struct Carried {
 }
 
 /// Stock `xl` on both sides, with zstd between them.
-fn compressed(lab: &Lab, from: Host) -> Result<Report> {
+fn stock_with_zstd(lab: &Lab, from: Host) -> Result<Report> {
     let to = from.other();
     let address = format!("{}:{ZSTD_PORT}", to.address());
     let receiver = lab.host(to).spawn(&format!("exec {ZSTD_PIPE} receive {address} xl migrate-receive"))?;
