@@ -91,15 +91,16 @@ pub(super) fn get(rebuild: bool, flavour: Flavour, size: GuestSize) -> Result<Fr
         }
         Ok(key)
     };
-    if rebuild {
-        let dir = cache::dir()?.join(format!("lab-warm-{}", key()?.hex()));
-        if dir.exists() {
-            fs::remove_dir_all(&dir).with_context(|| format!("cannot remove {}", dir.display()))?;
-        }
+    let warm = cache::dir()?.join(format!("lab-warm-{}", key()?.hex()));
+    if rebuild && warm.exists() {
+        fs::remove_dir_all(&warm).with_context(|| format!("cannot remove {}", warm.display()))?;
     }
-    let dir = cache::get_or_make("lab-warm", key()?, |dir| build(&images, &disk, flavour, size, dir))?;
     let disk_dir = disk.parent().context("the guest's disk lies nowhere")?;
-    prune(&[&dir, images.dir(), disk_dir])?;
+    let mut in_use = vec![images.dir(), disk_dir];
+    in_use.extend(warm.exists().then_some(warm.as_path()));
+    prune(&in_use)?;
+    let dir = cache::get_or_make("lab-warm", key()?, |dir| build(&images, &disk, flavour, size, dir))?;
+    prune(&[&dir])?;
     Ok(Frozen { dir, images, flavour })
 }
 
