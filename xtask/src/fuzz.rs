@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use self::code::Code;
-use self::had::Had;
+use self::had::{Had, Record};
 use self::turn::Turn;
 use crate::deployment::{cargo, root};
 use crate::setup;
@@ -51,7 +51,8 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
     /// Go on, in turns of `--seconds`, until each has had so much in all runs since it last found something and the code that it runs
-    /// last changed; what it has had is kept in target/fuzz, so that a long run may be cut into parts
+    /// last changed; what it has had is kept in target/fuzz, so that a long run may be cut into parts, and goes on from what tests/fuzz/had.toml
+    /// tells of other checkouts
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     total_seconds: Option<u64>,
     /// Targets that run at once [default: as many as there are processors]
@@ -60,6 +61,9 @@ pub struct Args {
     /// Afterwards take what was found into the corpus in the tree: some of the fewest inputs that cover the same as all
     #[arg(long)]
     keep: bool,
+    /// Afterwards write into tests/fuzz/had.toml, in the tree, what each has had
+    #[arg(long)]
+    record: bool,
     /// Say which targets there are
     #[arg(long)]
     list: bool,
@@ -106,15 +110,28 @@ pub fn run(args: &Args) -> Result<()> {
     {
         bail!("there is no target {unknown:?}; `cargo xtask fuzz --list` says which there are");
     }
+    let mut record = Record::read(&record_path())?;
+    let names: Vec<String> = targets.iter().map(|target| target.name.clone()).collect();
     let mut chosen = targets;
     chosen.retain(|target| args.targets.is_empty() || args.targets.contains(&target.name));
+    chosen.iter().try_for_each(|target| record.begin(&target.name, &work(target)?, &target.code))?;
     let jobs = args.jobs.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     let lengths = Lengths {
         turn: Duration::from_secs(args.seconds),
         total: args.total_seconds.map(Duration::from_secs),
     };
     let outcomes = step("fuzz", || run_all(&program, &chosen, lengths, jobs))?;
-    report(&outcomes)?;
+    let reported = report(&outcomes);
+    if args.record {
+        for Outcome { name, turn, had } in &outcomes {
+            match turn.finding {
+                Some(_) => record.forget(name),
+                None => record.enter(name, had),
+            }
+        }
+        record.write(&record_path(), &names.iter().map(String::as_str).collect::<Vec<_>>())?;
+    }
+    reported?;
     if args.keep {
         chosen.iter().try_for_each(|target| keep(&program, target))?;
     }
@@ -245,6 +262,11 @@ fn work(target: &Target) -> Result<PathBuf> {
     fs::create_dir_all(work.join("corpus"))?;
     fs::create_dir_all(corpus(target))?;
     Ok(work)
+}
+
+/// What is known in the tree.
+fn record_path() -> PathBuf {
+    root().join("tests/fuzz/had.toml")
 }
 
 /// Inputs that are right.

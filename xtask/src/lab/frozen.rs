@@ -3,9 +3,10 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use serde_json::json;
 
 use super::dom0::Images;
@@ -27,6 +28,12 @@ const SERVER_START: Duration = Duration::from_secs(600);
 
 /// How long one table may take to be read into the pool.
 const SCAN: Duration = Duration::from_secs(600);
+
+/// How often a guest may end by a triple fault before that is no chance any more.
+const MOST_FAULTS: u32 = 4;
+
+/// How often it is looked whether it has.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// How the guest's root reaches its server.
 const MYSQL: &str = "mysql -uroot -S /run/mysqld/mysqld.sock -sN";
@@ -104,8 +111,31 @@ pub(super) fn get(rebuild: bool, flavour: Flavour, size: GuestSize) -> Result<Fr
     Ok(Frozen { dir, images, flavour })
 }
 
+/// Under emulation a guest with hardware-assisted paging may end by a triple fault while its pool is warmed, too. Then, and only then, all
+/// begins again.
 fn build(images: &Images, disk: &Path, flavour: Flavour, size: GuestSize, dir: &Path) -> Result<()> {
-    let lab = step("booting two Xen hosts", || Lab::boot(images, flavour, disk))?;
+    let mut faults = 0;
+    let lab = loop {
+        let lab = step("booting two Xen hosts", || Lab::boot(images, flavour, disk))?;
+        match warm(&lab, flavour, size) {
+            Ok(()) => break lab,
+            Err(error) if lab.guest_faulted() => {
+                faults += 1;
+                if faults == MOST_FAULTS {
+                    return Err(
+                        error.context(format!("{faults} triple faults of the guest are no chance any more"))
+                    );
+                }
+                eprintln!("  again: triple fault of the emulated guest, {faults} so far");
+            }
+            Err(error) => return Err(error),
+        }
+    };
+    step("freezing", || freeze(lab, dir))
+}
+
+/// Boots the guest, and reads its tables into its pool.
+fn warm(lab: &Lab, flavour: Flavour, size: GuestSize) -> Result<()> {
     let source = lab.host(Host::Source);
     step("booting the guest", || {
         let create = format!("xl create -q /lab/db1.cfg{}{}", size.overrides(), flavour.overrides());
@@ -118,33 +148,47 @@ fn build(images: &Images, disk: &Path, flavour: Flavour, size: GuestSize, dir: &
             format!("the guest does not answer: {}", log.map(|output| output.stdout).unwrap_or_default())
         })
     })?;
-    let guest = lab.guest();
     step("waiting for mysqld in the guest", || {
         let wait = format!(
             "until {MYSQL} -e 'SELECT 1' >/dev/null 2>&1; do pidof mysqld >/dev/null || \
              {{ tail -n 20 /var/log/mysqld.log >&2; exit 1; }}; sleep 2; done"
         );
-        guest.must(&wait, SERVER_START)
+        in_guest(lab, &wait, SERVER_START)
     })?;
     for (number, query) in (1..).zip(warming().lines()) {
         step(&format!("warming the buffer pool ({number} of {})", guest_disk::TABLES), || {
-            guest.must(&format!("{MYSQL} -e '{query}'"), SCAN)
+            in_guest(lab, &format!("{MYSQL} -e '{query}'"), SCAN)
         })?;
     }
-    let pool = guest.must(
+    let pool = in_guest(
+        lab,
         &format!("{MYSQL} -e \"SHOW GLOBAL STATUS LIKE 'Innodb_buffer_pool_pages_%'\""),
         Duration::from_secs(60),
     )?;
     check_pool(&pool)?;
     // What is still to be written goes to the disks now, not in the middle of somebody's measurement.
-    guest.must("sync", Duration::from_secs(120))?;
+    in_guest(lab, "sync", Duration::from_secs(120))?;
     for host in Host::BOTH {
         lab.host(host).must("sync", Duration::from_secs(120))?;
     }
     if flavour.is_frozen_paused() {
         source.must("xl pause db1", Duration::from_secs(60))?;
     }
-    step("freezing", || freeze(lab, dir))
+    Ok(())
+}
+
+/// Runs a command in the guest, which must end with 0 before the guest ends by a triple fault; its output.
+fn in_guest(lab: &Lab, command: &str, limit: Duration) -> Result<String> {
+    let (started, began) = (lab.guest().spawn(command)?, Instant::now());
+    while !started.has_ended() && began.elapsed() < limit {
+        if lab.guest_faulted() {
+            bail!("the guest ended by a triple fault in `{command}`");
+        }
+        thread::sleep(LOOK_AGAIN);
+    }
+    let output = started.wait(Duration::ZERO)?;
+    ensure!(output.status == 0, "in the guest: `{command}` ended with {}: {}", output.status, output.stdout);
+    Ok(output.stdout)
 }
 
 /// Stops both hosts, then writes their states, then copies their disks: so that all of it is of one moment.

@@ -368,6 +368,14 @@ impl Lab {
         self.host(host).must("xl dmesg", SHORT)
     }
 
+    /// Whether the hypervisor of either host has ended the guest by a triple fault, as it says on its console.
+    pub fn guest_faulted(&self) -> bool {
+        Host::BOTH.iter().any(|host| {
+            let console = fs::read(self.qemu(*host).config().console_log()).unwrap_or_default();
+            String::from_utf8_lossy(&console).contains("Triple fault")
+        })
+    }
+
     /// For a person: how to reach everything.
     pub fn describe(&self) -> String {
         let mut words = String::from("The lab is up.\n");

@@ -6,10 +6,7 @@ use anyhow::{Result, bail};
 
 use super::bed::{Bed, Case, chosen};
 use crate::deployment::Deployment;
-use crate::lab::{Flavour, Host, Lab};
-
-/// What the hypervisor says when a guest's processor can go on no longer.
-const TRIPLE_FAULT: &str = "Triple fault";
+use crate::lab::Flavour;
 
 /// How often the emulation may end a case by a triple fault: with one migration of six that it ends, six in a row are no chance.
 const MOST_FAULTS: u32 = 6;
@@ -37,7 +34,7 @@ pub(super) fn run(flavour: Flavour, cases: &[Case], only: &[String]) -> Result<(
                 left.pop_front();
                 continue;
             };
-            if !faulted(&bed.lab) {
+            if !bed.lab.guest_faulted() {
                 return Err(error);
             }
             faults += 1;
@@ -56,10 +53,4 @@ pub(super) fn run(flavour: Flavour, cases: &[Case], only: &[String]) -> Result<(
         flavour.name()
     );
     Ok(())
-}
-
-/// Whether the hypervisor of either host has ended the guest by a triple fault.
-fn faulted(lab: &Lab) -> bool {
-    // A host that does not answer is another failure.
-    Host::BOTH.iter().any(|host| lab.xl_dmesg(*host).is_ok_and(|words| words.contains(TRIPLE_FAULT)))
 }
