@@ -31,7 +31,9 @@ pub(super) fn slow(bed: &Bed<'_>) -> Result<()> {
     let lab = &bed.lab;
     lab.set_link_rate(Some(TIMED_LINK))?;
     let stock = migrate(lab, lab.guest_host()?, Options { stock: true, verify: false })?;
-    let (ours, rates) = at_a_tenth(lab, || migrate(lab, lab.guest_host()?, Options::default()))?;
+    let from = lab.guest_host()?;
+    let (ours, rates) = at_a_tenth(lab, || migrate(lab, from, Options::default()))?;
+    lab.set_link_rate(None)?;
     println!(
         "storage at a tenth ({:.0} MB/s of {:.0}): Poolskip {:.1} s, stock {:.1} s, ratio {:.2}",
         rates.slowed as f64 / 1e6,
@@ -41,7 +43,12 @@ pub(super) fn slow(bed: &Bed<'_>) -> Result<()> {
         ours.total_seconds / stock.total_seconds
     );
     used_references(&ours)?;
-    lab.set_link_rate(None)?;
+    same_and_here(bed, from.other())
+}
+
+/// The same disk, and all memory is compared.
+pub(super) fn slow_and_compared(bed: &Bed<'_>) -> Result<()> {
+    let lab = &bed.lab;
     let from = lab.guest_host()?;
     let (compared, _) = at_a_tenth(lab, || migrate(lab, from, Options { stock: false, verify: true }))?;
     all_equal(&compared)?;
