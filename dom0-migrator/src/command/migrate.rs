@@ -242,6 +242,8 @@ fn migrate(
     let (outcome, error) = judge(&ended, record.state(), settled.err());
     let mut wire = link.carried();
     (wire.stream, wire.side) = (before_end.stream, before_end.side);
+    // What acknowledges the last words may come a moment after them.
+    observed.carried_in_all(wire.total());
     let summary = Summary::new(Parts {
         domain: domain.name,
         helper,

@@ -167,6 +167,13 @@ impl Observer {
 }
 
 impl Observed {
+    /// Both sides have said their last words since: so many bytes went in all.
+    pub fn carried_in_all(&mut self, bytes: u64) {
+        if let Some(last) = self.wire.last_mut() {
+            last.bytes = bytes;
+        }
+    }
+
     /// Writes the report and the last figures.
     pub fn close(mut self, options: &Migrate, summary: &Summary) {
         let mut metrics = std::mem::take(&mut self.metrics);

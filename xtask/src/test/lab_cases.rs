@@ -77,7 +77,7 @@ fn second_attempt(bed: &Bed<'_>) -> Result<()> {
 
 /// One comparison of all memory for two things: many hints are wrong, and a client writes all the while. What it dirties is told to
 /// nobody: one request for the lists, one signal that they are there.
-fn misled_while_writing(bed: &Bed<'_>) -> Result<()> {
+pub(super) fn misled_while_writing(bed: &Bed<'_>) -> Result<()> {
     let lab = &bed.lab;
     bed.deployment.give_wrong_hints(lab)?;
     let before = Counters::read(lab)?;
