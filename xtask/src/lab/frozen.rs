@@ -186,6 +186,9 @@ fn in_guest(lab: &Lab, command: &str, limit: Duration) -> Result<String> {
         }
         thread::sleep(LOOK_AGAIN);
     }
+    if !started.has_ended() {
+        bail!("in the guest: `{command}` has not ended after {} s: {}", limit.as_secs(), started.output());
+    }
     let output = started.wait(Duration::ZERO)?;
     ensure!(output.status == 0, "in the guest: `{command}` ended with {}: {}", output.status, output.stdout);
     Ok(output.stdout)

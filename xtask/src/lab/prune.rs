@@ -17,7 +17,10 @@ const KINDS: [&str; 3] = ["lab-host-", "lab-disk-", "lab-warm-"];
 /// How long one that nobody uses is kept: another checkout may come back to it.
 const KEPT: Duration = Duration::from_secs(14 * 24 * 3600);
 
-/// How long one is kept where room is short: a lab is resumed from its directory within minutes, and only then.
+/// What a raised lab's disks lie over for as long as it is up; the other kinds it copies in its first minutes.
+const LIES_BELOW: &str = "lab-host-";
+
+/// How long one that is copied is kept where room is short.
 const KEPT_IF_SHORT: Duration = Duration::from_secs(1800);
 
 /// What making a lab writes, or a raised one: disks that are copied (up to 3 GB) and then written to, and the states of two hosts.
@@ -41,9 +44,11 @@ fn prune_for(cache: &Path, in_use: &[&Path], room: u64, free: impl Fn(&Path) -> 
     let mut labs = labs(cache)?;
     labs.sort();
     for (last_use, dir) in labs {
-        // Making one may take longer than a lab that is only used is kept where room is short.
+        // Making one may take longer than one that is copied is kept where room is short.
         let is_partial = dir.extension().is_some();
-        let kept = if !is_partial && free(cache)? < room { KEPT_IF_SHORT } else { KEPT };
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        let may_go_sooner = !is_partial && !name.starts_with(LIES_BELOW);
+        let kept = if may_go_sooner && free(cache)? < room { KEPT_IF_SHORT } else { KEPT };
         if unused_for(last_use) > kept {
             // Another process may just have done the same.
             if let Err(error) = fs::remove_dir_all(&dir)
@@ -134,10 +139,11 @@ mod tests {
     fn where_room_is_short_the_longest_unused_go_until_it_is_not() {
         let cache = Cache::new();
         let hours = |hours: u32| 60 * hours * MINUTE;
-        let [second, first, third, busy, partial, used] = [
+        let [second, first, third, below, busy, partial, used] = [
             cache.lab("lab-warm-1", hours(5)),
             cache.lab("lab-warm-2", hours(9)),
-            cache.lab("lab-host-1", hours(2)),
+            cache.lab("lab-disk-3", hours(2)),
+            cache.lab("lab-host-1", hours(30)),
             cache.lab("lab-disk-1", MINUTE),
             cache.lab("lab-disk-2.partial", hours(7)),
             cache.lab("lab-warm-3", hours(20)),
@@ -156,6 +162,9 @@ mod tests {
         assert!(third.exists() && busy.exists() && partial.exists() && used.exists());
         prune_for(cache.0.path(), &[&used], ROOM, free(0)).unwrap();
         assert!(!third.exists());
-        assert!(busy.exists() && partial.exists() && used.exists(), "in use, and no room is worth that");
+        assert!(
+            busy.exists() && below.exists() && partial.exists() && used.exists(),
+            "in use, and no room is worth that"
+        );
     }
 }

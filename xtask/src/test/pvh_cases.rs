@@ -14,13 +14,14 @@ pub(super) const CASES: [Case; 11] = [
     ("pvh_xl_migrate_uses_references_by_the_variable_alone", xl_case::by_the_variable_alone),
     ("pvh_storage_at_a_tenth_costs_time", storage_cases::slow),
     ("pvh_storage_at_a_tenth_changes_no_byte", storage_cases::slow_and_compared),
+    ("pvh_tables_and_rows_are_what_they_were", tables_whole),
+    ("pvh_lists_come_again_after_the_guest_has_arrived", lists_again),
+    ("pvh_lists_come_again_after_save_and_restore", saved_and_restored),
+    // Behind it tables have other rows, and the probe goes on giving wrong hints.
     (
         "pvh_wrong_hints_change_no_byte_and_lose_no_transaction_of_a_client_that_writes",
         lab_cases::misled_while_writing,
     ),
-    ("pvh_tables_and_rows_are_what_they_were", tables_whole),
-    ("pvh_lists_come_again_after_the_guest_has_arrived", lists_again),
-    ("pvh_lists_come_again_after_save_and_restore", saved_and_restored),
     ("pvh_module_unloads_and_leaves_no_node", unload),
     ("pvh_module_passes_its_cases_beside_the_database", module_cases),
 ];
