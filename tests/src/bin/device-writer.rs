@@ -2,8 +2,13 @@
 //! before: what is lost when the guest moves was not in the device model's log of dirty pages, for nobody else writes there.
 //!
 //! ```text
-//! device-writer STOP         until there is something at the path STOP; then says how much was written, and how much of it is there
+//! device-writer STOP         until there is something at the path STOP; meanwhile, now and then, a line `written N`;
+//!                            then `N of M`: how many words of those that were written are there
 //! ```
+//!
+//! A processor that QEMU emulates knows a program's right to a port only while its task register says "available", as the instruction that
+//! loads it leaves it there. The hypervisor loads a register that says "busy", which is what processors have: after a migration, by whatever
+//! helper, a program's `out` is a general protection fault. Then there is a line `refused after N`, and nothing is written from there on.
 //!
 //! The device is QEMU's firmware configuration (QEMU, docs/specs/fw_cfg.rst): by its DMA interface it puts an item where it is told to.
 //! The item that every QEMU has is a signature of four bytes.
@@ -13,6 +18,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -32,6 +38,11 @@ const PAGES: usize = 64;
 const MOST: usize = PAGES * PAGE_SIZE / SIGNATURE.len();
 /// Between two times.
 const PAUSE: Duration = Duration::from_millis(20);
+/// Words from one line that says how many there are to the next.
+const LINE: usize = 50;
+
+/// Whether the processor has refused a port.
+static REFUSED: AtomicBool = AtomicBool::new(false);
 
 fn main() -> Result<()> {
     let Some(stop) = std::env::args_os().nth(1) else {
@@ -41,12 +52,19 @@ fn main() -> Result<()> {
     if unsafe { libc::ioperm(DMA_HIGH.into(), 8, 1) } != 0 {
         return Err(io::Error::last_os_error()).context("ioperm");
     }
+    go_on_when_refused()?;
     let memory = Memory::locked()?;
     let mut written = 0;
     while !Path::new(&stop).exists() {
-        if written < MOST {
-            memory.have_written(written)?;
-            written += 1;
+        if written < MOST && !REFUSED.load(Ordering::Relaxed) {
+            if memory.have_written(written)? {
+                written += 1;
+                if written % LINE == 0 {
+                    println!("written {written}");
+                }
+            } else {
+                println!("refused after {written}");
+            }
         }
         thread::sleep(PAUSE);
     }
@@ -75,8 +93,8 @@ impl Memory {
         Ok(Self { pages: pages.cast(), numbers: File::open("/proc/self/pagemap")? })
     }
 
-    /// Has the device model write the signature into the place with this index.
-    fn have_written(&self, index: usize) -> Result<()> {
+    /// Has the device model write the signature into the place with this index; whether the processor let it be asked.
+    fn have_written(&self, index: usize) -> Result<bool> {
         let at = index * SIGNATURE.len();
         let to = self.physical(at / PAGE_SIZE)? + (at % PAGE_SIZE) as u64;
         let mut order = [0; 16];
@@ -90,10 +108,13 @@ impl Memory {
         let from = self.physical(PAGES)?;
         write_port(DMA_HIGH, ((from >> 32) as u32).to_be());
         write_port(DMA_LOW, (from as u32).to_be());
+        if REFUSED.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
         // SAFETY: as above. The device model sets the control word to 0 once it is done.
         let answer = unsafe { place.read_volatile() };
         ensure!(answer[..4] == [0; 4], "the device model answers {:02x?}: no fw_cfg with DMA?", &answer[..4]);
-        Ok(())
+        Ok(true)
     }
 
     /// What is in the place with this index.
@@ -114,6 +135,34 @@ impl Memory {
         Ok(number * PAGE_SIZE as u64)
     }
 }
+
+/// Has a refused `out` skipped and noted.
+fn go_on_when_refused() -> Result<()> {
+    extern "C" fn refused(_: libc::c_int, _: *mut libc::siginfo_t, context: *mut libc::c_void) {
+        let context = context.cast::<libc::ucontext_t>();
+        // SAFETY: the kernel gives a handler with SA_SIGINFO the context of its thread, which is nobody else's meanwhile.
+        let at = unsafe { &mut (*context).uc_mcontext.gregs[libc::REG_RIP as usize] };
+        // SAFETY: the thread was about to execute what is there.
+        if unsafe { *(*at as *const u8) } != OUT {
+            std::process::abort();
+        }
+        // The instruction is this one byte.
+        *at += 1;
+        REFUSED.store(true, Ordering::Relaxed);
+    }
+    // SAFETY: all zeros is an action without flags and with an empty mask.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_flags = libc::SA_SIGINFO;
+    action.sa_sigaction = refused as *const () as usize;
+    // SAFETY: the handler changes its thread's instruction pointer and one atomic, and calls nothing but abort.
+    if unsafe { libc::sigaction(libc::SIGSEGV, &raw const action, std::ptr::null_mut()) } != 0 {
+        return Err(io::Error::last_os_error()).context("sigaction");
+    }
+    Ok(())
+}
+
+/// `out dx, eax`.
+const OUT: u8 = 0xef;
 
 /// Writes 32 bits to a port.
 fn write_port(port: u16, value: u32) {

@@ -20,6 +20,9 @@ const DEVICE_MODEL: &str = "[x]en-qemu-system-i386";
 const STOP: &str = "/run/device-writer.stop";
 const WRITTEN: &str = "/run/device-writer.log";
 
+/// Words that it writes meanwhile at the least: with its pauses of 20 ms that is a second, and a migration takes a minute.
+const LEAST: u64 = 50;
+
 /// All cases of the HVM guest, in their order.
 pub(super) const CASES: [Case; 5] = [
     ("hvm_a_listed_pool_goes_by_reference_and_every_page_is_equal", with_its_devices),
@@ -48,18 +51,23 @@ fn with_its_devices(bed: &Bed<'_>) -> Result<()> {
     guest(lab, &format!("printf '\\x{told:02x}' | dd of=/dev/port bs=1 count=1 seek={SCRATCH} 2>/dev/null"))?;
     ensure!(scratch(lab)? == told, "the device model has no register {SCRATCH:#x}");
     bed.deployment.install_device_writer(lab)?;
-    guest(lab, &format!("rm -f {STOP}; {DEVICE_WRITER} {STOP} </dev/null >{WRITTEN} 2>&1 &"))?;
+    let writer = format!("{{ {DEVICE_WRITER} {STOP} || echo ended with $?; }} </dev/null >{WRITTEN} 2>&1 &");
+    guest(lab, &format!("rm -f {STOP}; {writer}"))?;
+    let said = |enough: &[&str]| {
+        let mut words = String::new();
+        wait_for("the device model to have written", || {
+            words = guest(lab, &format!("cat {WRITTEN}"))?;
+            Ok(enough.iter().any(|part| words.contains(part)))
+        })?;
+        Ok::<_, anyhow::Error>(words)
+    };
+    let before = written_before(&said(&["written ", " of ", "ended "])?)?;
     by_reference(bed)?;
     guest(lab, &format!("touch {STOP}"))?;
-    let mut words = String::new();
-    wait_for("what the device model has written to be counted", || {
-        words = guest(lab, &format!("cat {WRITTEN}"))?;
-        Ok(!words.is_empty())
-    })?;
-    all_is_there(&words)?;
+    let words = said(&[" of ", "ended "])?;
+    let all = all_is_there(&words, before)?;
     println!(
-        "written by the device model before, during and after the migration, in words of four bytes: {}",
-        words.trim()
+        "words of four bytes that the device model wrote, all of them there: {all}, {before} of them before the migration"
     );
     one_device_model(lab, from.other())?;
     let now = scratch(lab)?;
@@ -70,19 +78,32 @@ fn with_its_devices(bed: &Bed<'_>) -> Result<()> {
     Ok(())
 }
 
-/// What the writer says at its end: so many are there, of so many that were written.
-fn all_is_there(words: &str) -> Result<()> {
-    let mut counts = words.trim().split(" of ").map(str::parse::<u64>);
+/// How much had been written before the migration, as the writer says.
+fn written_before(words: &str) -> Result<u64> {
+    let counts: Option<Vec<u64>> =
+        words.lines().map(|line| line.strip_prefix("written ")?.parse().ok()).collect();
+    counts
+        .and_then(|counts| counts.last().copied())
+        .with_context(|| format!("the device model could not be made to write: {words:?}"))
+}
+
+/// What the writer says at its end: so many are there, of so many that were written, more than `before`; how many.
+fn all_is_there(words: &str, before: u64) -> Result<u64> {
+    let last = words.lines().last().unwrap_or_default();
+    let mut counts = last.split(" of ").map(str::parse::<u64>);
     let (Some(Ok(there)), Some(Ok(written)), None) = (counts.next(), counts.next(), counts.next()) else {
         bail!("the device model could not be made to write: {words:?}");
     };
-    ensure!(written > 0, "nothing was written");
+    ensure!(
+        written >= before + LEAST,
+        "{before} words were written before the migration, and {written} after it: too few meanwhile"
+    );
     ensure!(
         there == written,
         "of {written} words that the device model wrote {} are lost",
         written.abs_diff(there)
     );
-    Ok(())
+    Ok(written)
 }
 
 /// That the guest's device model runs on this host, and none on the other.
@@ -106,10 +127,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_word_that_is_lost_is_a_failure_and_so_is_a_program_that_wrote_none() {
-        assert!(all_is_there("1200 of 1200\n").is_ok());
-        for words in ["1199 of 1200\n", "0 of 0\n", "Error: ioperm\n", ""] {
-            assert!(all_is_there(words).is_err(), "{words:?}");
+    fn one_word_that_is_lost_is_a_failure_and_so_is_a_program_that_wrote_none_meanwhile() {
+        let lines = "written 50\nwritten 100\nrefused after 149\n";
+        assert_eq!(all_is_there(&format!("{lines}149 of 149\n"), 50).unwrap(), 149);
+        for (words, before) in [
+            (format!("{lines}148 of 149\n"), 50),
+            (format!("{lines}149 of 149\n"), 100),
+            ("0 of 0\n".into(), 0),
+            (lines.into(), 50),
+            ("written 50\nended with 139\n".into(), 0),
+            ("Error: ioperm\nended with 1\n".into(), 0),
+            (String::new(), 0),
+        ] {
+            assert!(all_is_there(&words, before).is_err(), "{words:?}");
+        }
+        assert_eq!(written_before("written 50\nwritten 100\n").unwrap(), 100);
+        for words in ["refused after 0\n", "written 50\nended with 139\n", "0 of 0\n", ""] {
+            assert!(written_before(words).is_err(), "{words:?}");
         }
     }
 }
