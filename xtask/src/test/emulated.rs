@@ -14,9 +14,9 @@ const MOST_FAULTS: u32 = 6;
 /// Runs the cases whose names have one of `only` in them, or simply all; stops at the first that fails.
 ///
 /// Under emulation about one migration of a PVH guest in six ends in a triple fault of the guest, with the stock helper too: state of
-/// the hypervisor's is in the guest's registers then. The hypervisor says so by name. Of an HVM guest one such end was seen, and whether
-/// the stock helper brings it there too was not. Then, and only then, and only so many times, a new lab is raised and the case begun
-/// again; how often that was is printed.
+/// the hypervisor's is in the guest's registers then. The hypervisor says so by name. An HVM guest was ended so without a migration, while
+/// it did nothing. Then, and only then, and only so many times, a new lab is raised and the case begun again; how often that was is
+/// printed.
 ///
 /// # Errors
 /// That of the first case that fails.
