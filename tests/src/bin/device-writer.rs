@@ -40,6 +40,8 @@ const MOST: usize = PAGES * PAGE_SIZE / SIGNATURE.len();
 const PAUSE: Duration = Duration::from_millis(20);
 /// Words from one line that says how many there are to the next.
 const LINE: usize = 50;
+/// `out dx, eax`, as the processor knows it.
+const OUT: u8 = 0xef;
 
 /// Whether the processor has refused a port.
 static REFUSED: AtomicBool = AtomicBool::new(false);
@@ -160,9 +162,6 @@ fn go_on_when_refused() -> Result<()> {
     }
     Ok(())
 }
-
-/// `out dx, eax`.
-const OUT: u8 = 0xef;
 
 /// Writes 32 bits to a port.
 fn write_port(port: u16, value: u32) {

@@ -78,9 +78,8 @@ struct Left {
 const RECORDS_MOST: u64 = 101;
 /// Names of logs: two of the guest's, each with and without `--incoming`; and Xen's own few.
 const LOGS_MOST: u64 = 50;
-/// What a process's allocator may keep for itself: up to 5.5 MiB for the threads of some thirty migrations, and no more for those of sixty
-/// (`a_receiver_that_has_taken_many…`, `--test commands`); and what of its program comes into memory late.
-const RECEIVER_SLACK_KIB: u64 = 8192;
+/// What a process's allocator may keep for itself.
+const RECEIVER_SLACK_KIB: u64 = 4096;
 
 impl Left {
     fn read(lab: &Lab, at: Host) -> Result<Self> {
