@@ -53,6 +53,9 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 const CONVERSATIONS_MAX: usize = 64;
 /// Longest name of a domain that is accepted.
 const NAME_MAX: usize = 256;
+/// Arenas that the allocator may have. It keeps what a thread has freed in the arena that the thread had, and makes up to eight for each
+/// processor; with threads for each migration a receiver grew to 8 MiB over thirty of them. With two it rests below 3 MiB from the fifth on.
+const ARENAS: libc::c_int = 2;
 
 /// Why a migration did not begin, or was given up.
 #[derive(Debug, thiserror::Error)]
@@ -134,6 +137,9 @@ pub fn run(options: &Receive, configuration: &Configuration) -> u8 {
         eprintln!("dom0-migrator: {error}");
         EXIT_NOT_BEGUN
     };
+    // SAFETY: it takes two numbers and changes the allocator's own settings, behind the allocator's own lock. If it is refused, nothing
+    // but memory is lost.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, ARENAS) };
     let listening = match Listening::open(options.listen, configuration.listen) {
         Ok(listening) => listening,
         Err(error) => return failed(&error),

@@ -1,11 +1,11 @@
 //! Many migrations to and fro in one lab, under load: the proof after each, and that nothing grows. `cargo xtask test --soak MIGRATIONS`.
 //!
-//! It takes minutes a migration, so it may end at any time and be begun again: what was done is kept in `target/soak/migrations.json`, and
-//! the next run goes on from there, in a lab of its own.
+//! It takes minutes a migration, so it may end at any time and be begun again: what was done is kept in the user's cache directory, under
+//! the hash of the programs, and the next run goes on from there, in a lab of its own.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use super::bed::Bed;
 use super::guest_cases::{is_log_dirty, kernel_is_content, only_here, wait_for};
-use crate::deployment::{Deployment, MIGRATOR, host, root};
+use crate::cache::{self, Key};
+use crate::deployment::{Deployment, MIGRATOR, host};
 use crate::lab::{Flavour, Host, Lab, Spawned};
 use crate::migration::{DOMAIN, PLAIN, Report, send};
 use crate::proof::{self, Writer};
@@ -142,11 +143,14 @@ impl Left {
 /// When a migration fails, a page differs, a transaction is lost, or something grows.
 pub(super) fn run(goal: u32, most: Option<Duration>) -> Result<()> {
     let began = Instant::now();
-    let mut progress = Progress::read(goal)?;
+    let deployment = Deployment::build(Flavour::Pv)?;
+    let key = Key::new("soak-1").with(deployment.identity()?.as_bytes());
+    let path = cache::dir()?.join(format!("soak-{}", key.hex())).join("migrations.json");
+    println!("what is done is kept in {}", path.display());
+    let mut progress = Progress::read(&path, goal)?;
     if let done @ 1.. = progress.done.len() {
         println!("{done} of {goal} migrations were done before");
     }
-    let deployment = Deployment::build(Flavour::Pv)?;
     let bed = Bed::raise(&deployment, Flavour::Pv)?;
     let lab = &bed.lab;
     let number = progress.done.last().map_or(1, |last| last.lab + 1);
@@ -164,7 +168,7 @@ pub(super) fn run(goal: u32, most: Option<Duration>) -> Result<()> {
         longest = longest.max(start.elapsed());
         println!("{}", done.line(progress.done.len() + 1, goal));
         progress.done.push(done);
-        progress.write()?;
+        progress.write(&path)?;
         progress.look_for_growth(number)?;
     }
     let transactions = step("comparing what the client was told", || writer.finish(lab))?;
@@ -251,14 +255,9 @@ impl Done {
 }
 
 impl Progress {
-    fn path() -> PathBuf {
-        root().join("target/soak/migrations.json")
-    }
-
     /// What was done of the same soak; an empty one when there is none, or it was done.
-    fn read(goal: u32) -> Result<Self> {
-        let path = Self::path();
-        let kept = match fs::read(&path) {
+    fn read(path: &Path, goal: u32) -> Result<Self> {
+        let kept = match fs::read(path) {
             Ok(bytes) => serde_json::from_slice(&bytes)
                 .with_context(|| format!("{} is not what was written: remove it", path.display()))?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Self::default(),
@@ -274,12 +273,11 @@ impl Progress {
         Self { goal, done: Vec::new() }
     }
 
-    fn write(&self) -> Result<()> {
-        let path = Self::path();
+    fn write(&self, path: &Path) -> Result<()> {
         let new = path.with_extension("new");
         fs::create_dir_all(path.parent().context("the file lies in no directory")?)?;
         fs::write(&new, serde_json::to_vec_pretty(self)?)
-            .and_then(|()| fs::rename(&new, &path))
+            .and_then(|()| fs::rename(&new, path))
             .with_context(|| format!("cannot write {}", path.display()))
     }
 
@@ -382,5 +380,17 @@ mod tests {
         let mut whole = begun();
         whole.done.push(done(1, "target", left()));
         assert!(whole.resumed(2).done.is_empty());
+    }
+
+    #[test]
+    fn what_was_done_is_kept_in_its_file_and_another_file_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("soak/migrations.json");
+        assert!(Progress::read(&path, 2).unwrap().done.is_empty());
+        Progress { goal: 2, done: vec![done(1, "source", left())] }.write(&path).unwrap();
+        assert_eq!(Progress::read(&path, 2).unwrap().done.len(), 1);
+        fs::write(&path, "{").unwrap();
+        let problem = Progress::read(&path, 2).unwrap_err().to_string();
+        assert!(problem.contains("migrations.json is not what was written: remove it"), "{problem}");
     }
 }

@@ -22,6 +22,9 @@ const IN_GUEST: Duration = Duration::from_secs(1800);
 /// Limit for one migration.
 const MIGRATION: Duration = Duration::from_secs(1500);
 
+/// Before and after the migration of an idle guest, where nothing but the downtime is to be seen.
+const IDLE_MARGIN: Duration = Duration::from_secs(3);
+
 /// Port of the compressing transport.
 const ZSTD_PORT: u16 = 8003;
 
@@ -76,7 +79,8 @@ impl Bed for LabBed {
         lab.set_clocks()?;
         run.workload.start(guest, &self.load)?;
         Deployment::start_ticker(lab)?;
-        sleep(self.margin);
+        let margin = if run.workload == Workload::Idle { self.margin.min(IDLE_MARGIN) } else { self.margin };
+        sleep(margin);
 
         let (cpu, link) = (dom0_seconds(lab)?, lab.link_bytes()?);
         let began = now()?;
@@ -90,7 +94,7 @@ impl Bed for LabBed {
         let ended = now()?;
         let (cpu_after, link_after) = (dom0_seconds(lab)?, lab.link_bytes()?);
 
-        sleep(self.margin);
+        sleep(margin);
         let downtime = Deployment::stop_ticker(lab)?;
         let timeline = run.workload.finish(guest, &self.load)?;
         lab.set_link_rate(None)?;

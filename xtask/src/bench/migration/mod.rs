@@ -29,17 +29,17 @@ pub struct Args {
     /// What the database does meanwhile
     #[arg(long, value_enum, value_delimiter = ',', default_value = "idle,ro,rw,tpcc,spill")]
     workload: Vec<Workload>,
-    /// Pairs of a stock and a Poolskip migration, for each workload
+    /// Pairs of a stock and a Poolskip migration, for each workload; a third as many of `spill`, which the research has not
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     pairs: u32,
-    /// Rate of the link between the hosts, in Mbit/s; low enough that the link sets the pace, not the emulated processor
-    #[arg(long, value_name = "MBIT", default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    /// Rate of the link between the hosts, in Mbit/s; up to 40 or so the link sets stock's pace, above that the emulated processor does
+    #[arg(long, value_name = "MBIT", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rate: u32,
     /// What else to compare with
     #[arg(long, value_enum, value_delimiter = ',', default_value = "no-references,stock-zstd")]
     baselines: Vec<Variant>,
-    /// Runs of each of these, for each workload
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=100))]
+    /// Runs of each of these, for each workload; each takes as long as one of stock's
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=100))]
     baseline_runs: u32,
     /// Memory of the guest, in MiB; with another one than the lab's own, 704, a lab is built and kept for it
     #[arg(long, value_name = "MIB", default_value_t = 1120)]
@@ -53,8 +53,8 @@ pub struct Args {
     /// Percent of the standard's items, customers and orders of each: the emulated guest takes minutes to load a whole one
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     tpcc_scale: u32,
-    /// Seconds of load before and after each migration
-    #[arg(long, value_name = "SECONDS", default_value_t = 15)]
+    /// Seconds of load before and after each migration; of an idle guest three at most
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
     margin: u64,
     /// Begin no run after this many minutes: the next call goes on there
     #[arg(long, default_value_t = 75)]
@@ -94,7 +94,7 @@ pub fn run(args: &Args) -> Result<Report> {
         tables: size.tables(),
         rows: size.rows(),
     };
-    let key = Key::new("bench-migration-1")
+    let key = Key::new("bench-migration-2")
         .with(deployment.identity()?.as_bytes())
         .with(format!("{size:?} {load:?} {} {}", args.rate, args.margin).as_bytes());
     let kept = Kept::open(cache::dir()?.join(format!("bench-migration-{}", key.hex())))?;

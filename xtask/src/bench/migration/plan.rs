@@ -51,11 +51,12 @@ impl Planned {
     }
 }
 
-/// All runs: for each workload the pairs, then the other baselines. Who begins changes with each pair: the guest goes there and back,
+/// All runs: for each workload the pairs, of `spill` a third, then the other baselines. Who begins changes with each pair: the guest goes there and back,
 /// so each variant has both directions, and neither always comes first.
 pub fn plan(workloads: &[Workload], pairs: u32, baselines: &[Variant], baseline_runs: u32) -> Vec<Planned> {
     let mut runs = Vec::new();
     for &workload in workloads {
+        let pairs = if workload == Workload::Spill { pairs.div_ceil(3) } else { pairs };
         for pair in 0..pairs {
             let mut both = [Variant::Stock, Variant::Poolskip];
             if pair % 2 == 1 {
@@ -94,6 +95,12 @@ mod tests {
                 (0, "no_references")
             ]
         );
+    }
+
+    #[test]
+    fn of_spill_there_is_a_third() {
+        let pairs = |of| plan(&[Workload::Rw, Workload::Spill], of, &[], 0).len() / 2;
+        assert_eq!([1, 3, 4].map(pairs), [2, 4, 6]);
     }
 
     #[test]
