@@ -8,7 +8,7 @@ use super::bed::{Bed, Case, chosen};
 use crate::deployment::Deployment;
 use crate::lab::Flavour;
 
-/// How often the emulation may end a case by a triple fault: with one migration of six that it ends, six in a row are no chance.
+/// How often the emulation may end one case by a triple fault: with one migration of six that it ends, six in a row are no chance.
 const MOST_FAULTS: u32 = 6;
 
 /// Runs the cases whose names have one of `only` in them, or simply all; stops at the first that fails.
@@ -26,24 +26,28 @@ pub(super) fn run(flavour: Flavour, cases: &[Case], only: &[String]) -> Result<(
         return Ok(());
     }
     let deployment = Deployment::build(flavour)?;
-    let mut faults = 0;
+    let (mut faults, mut in_a_row) = (0, 0);
     while !left.is_empty() {
         let bed = Bed::raise(&deployment, flavour)?;
         while let Some(&case) = left.front() {
             let Err(error) = bed.try_case(case) else {
                 left.pop_front();
+                in_a_row = 0;
                 continue;
             };
             if !bed.lab.guest_faulted() {
                 return Err(error);
             }
             faults += 1;
+            in_a_row += 1;
             println!(
                 "lab case {} ... to be begun again: triple fault of the emulated guest, {faults} so far",
                 case.0
             );
-            if faults >= MOST_FAULTS {
-                bail!("{faults} triple faults of the guest are no chance any more; the last one: {error:#}");
+            if in_a_row >= MOST_FAULTS {
+                bail!(
+                    "{in_a_row} triple faults of the guest in one case are no chance any more; the last one: {error:#}"
+                );
             }
             break;
         }
