@@ -15,7 +15,7 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::descriptor::{Bell, Input, Ringer};
-use super::error::EngineError;
+use super::error::{EngineError, StreamProblem};
 use super::memory_record;
 use super::pool::{Buffer, Pool};
 use super::xen_stream::{DOMAIN_HEADER, IMAGE_HEADER, RecordHeader, record};
@@ -165,6 +165,11 @@ impl<D: Dispatch> Reader<D> {
                 let record = self.dispatch.record(header, body);
                 self.send(Incoming::Record(record))?;
                 continue;
+            }
+            // Whoever is handed END reads on no further, so nothing may come after its header.
+            if header.kind == record::END && header.length != 0 {
+                let length = u64::from(header.length);
+                return Err(header.error(StreamProblem::Length { length, expected: 0 }).into());
             }
             self.dispatch.other(header);
             self.send(Incoming::Other(header))?;

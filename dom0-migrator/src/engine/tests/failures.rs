@@ -472,9 +472,37 @@ fn a_hostile_source_is_told_what_is_wrong() {
     long.extend(kinds::PAGE_DATA.to_le_bytes());
     long.extend((120_u32 << 20).to_le_bytes());
     assert!(matches!(problem(target_says(&long, 8)), StreamProblem::Length { .. }));
+    let end = stream(&[record(kinds::END, &[7; 8])]);
+    assert_eq!(problem(target_says(&end, 8)), StreamProblem::Length { length: 8, expected: 0 });
     let mut big_endian = beginning();
     big_endian[17] = 1;
     assert!(matches!(target_says(&big_endian, 8), Err(EngineError::Header(_))));
+}
+
+/// Whoever has seen END reads on no further: with a body it would be handed on without it, and the stream would have ended well.
+#[test]
+fn an_end_with_a_body_is_no_end_on_either_side() {
+    let [stream, longer] = [8, 40 << 20].map(|length: u32| {
+        let mut stream = beginning();
+        stream.extend([kinds::END.to_le_bytes(), length.to_le_bytes()].concat());
+        (stream, u64::from(length))
+    });
+    for (stream, length) in [stream, longer] {
+        let (mut save, source, wire) = plain_source(map([]), config());
+        save.write_all(&stream).unwrap();
+        let taken = collect(wire);
+        let ended = source.finish();
+        let Err(EngineError::Stream { problem: found, .. }) = ended else { panic!("{ended:?}") };
+        assert_eq!(found, StreamProblem::Length { length, expected: 0 });
+        assert!(beginning().starts_with(&taken.join().unwrap()), "END was handed on");
+
+        let mut wire = UnixStream::pair().unwrap();
+        let (target, restored) = plain_target(wire.1);
+        wire.0.write_all(&stream).unwrap();
+        let taken = collect(restored);
+        assert_eq!(problem(target.finish()), StreamProblem::Length { length, expected: 0 });
+        assert!(beginning().starts_with(&taken.join().unwrap()), "END was handed on");
+    }
 }
 
 /// References that are refused at once, for one page again and again, whose verdicts nobody reads: the side channel is given up, and no more is
