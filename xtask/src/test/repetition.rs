@@ -168,8 +168,9 @@ pub(super) fn run(goal: u32, most: Option<Duration>) -> Result<()> {
         longest = longest.max(start.elapsed());
         println!("{}", done.line(progress.done.len() + 1, goal));
         progress.done.push(done);
-        progress.write(&path)?;
+        // One after which something had grown is not done, and the next run does not go on behind it.
         progress.look_for_growth(number)?;
+        progress.write(&path)?;
     }
     let transactions = step("comparing what the client was told", || writer.finish(lab))?;
     let tables = proof::tables(lab)?;
