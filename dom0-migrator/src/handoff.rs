@@ -409,6 +409,7 @@ fn packet_socket() -> Result<OwnedFd, HandoffError> {
 mod tests {
     use super::*;
     use crate::engine::Way;
+    use crate::timeline::Moment;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
 
@@ -435,6 +436,21 @@ mod tests {
         assert_eq!(peer.hear().unwrap(), Some(Event::Phase("done".into())));
         assert_eq!(peer.hear().unwrap(), None);
         assert_eq!(helper.join().unwrap(), order);
+    }
+
+    #[test]
+    fn a_number_arrives_as_it_was_said() {
+        // What serde_json takes for another number when it is in a hurry.
+        for seconds in
+            [0.955_555_555_555_555_6, 1_729.000_000_000_000_2, 0.1 + 0.2, f64::MIN_POSITIVE, f64::MAX]
+        {
+            let said = Event::Marked(Mark { seconds, what: Moment::Suspended });
+            let text = serde_json::to_string(&said).unwrap();
+            assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), said, "{text}");
+        }
+        let digits = r#"{"marked":{"seconds":0.955555555555555555555555,"what":"suspended"}}"#;
+        let heard: Event = serde_json::from_str(digits).unwrap();
+        assert_eq!(serde_json::from_slice::<Event>(&serde_json::to_vec(&heard).unwrap()).unwrap(), heard);
     }
 
     #[test]
