@@ -30,7 +30,10 @@ pub fn report(data: &[u8]) {
     let page = html::page(&report, None);
     let again = serde_json::to_vec(&report).unwrap();
     assert!(report_file::parse(&again).is_ok());
-    assert!(!page.contains("<script") && !page.contains("NaN"), "a report became more than text");
+    assert!(!page.contains("<script"), "a report became more than text");
+    // JSON has no such number: where the report does not say the word itself, a calculation of the page does.
+    let says = again.windows(3).any(|word| word == b"NaN");
+    assert!(says || !page.contains("NaN"), "a number of the page is none");
     let _ = html::page(&report, Some(&report));
 }
 
