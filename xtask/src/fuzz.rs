@@ -187,10 +187,10 @@ fn targets(program: &Path, code: &Code) -> Result<Vec<Target>> {
             let mut field = || fields.next().unwrap_or_default();
             let (name, longest, rooms, about) = (field(), field(), field(), field());
             Ok(Target {
+                code: code.of(&name, rooms.split(','))?,
                 name,
                 longest: longest.parse().with_context(|| format!("{line:?}"))?,
                 about,
-                code: code.of(rooms.split(','))?,
             })
         })
         .collect()
