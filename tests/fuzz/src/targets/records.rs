@@ -27,13 +27,12 @@ pub fn handover(data: &[u8]) {
 /// A report that is taken can be drawn, and nothing that it says becomes a tag.
 pub fn report(data: &[u8]) {
     let Ok(report) = report_file::parse(data) else { return };
-    let page = html::page(&report, None);
-    let again = serde_json::to_vec(&report).unwrap();
-    assert!(report_file::parse(&again).is_ok());
-    assert!(!page.contains("<script"), "a report became more than text");
-    // JSON has no such number: where the report does not say the word itself, a calculation of the page does.
-    let says = again.windows(3).any(|word| word == b"NaN");
-    assert!(says || !page.contains("NaN"), "a number of the page is none");
+    let again = serde_json::to_string(&report).unwrap();
+    assert!(report_file::parse(again.as_bytes()).is_ok());
+    assert!(!html::page(&report, None).contains("<script"), "a report became more than text");
+    // JSON has no such number, but a report may say the word. Without that, it can only come of what the page calculates.
+    let silent = report_file::parse(again.replace("NaN", "nan").as_bytes()).unwrap();
+    assert!(!html::page(&silent, None).contains("NaN"), "a number of the page is none");
     let _ = html::page(&report, Some(&report));
 }
 
