@@ -10,8 +10,10 @@ use crate::device::Device;
 use crate::memory::Memory;
 use crate::told;
 
-/// Pages that may come and go without anybody's fault: caches of the processors, a page table.
-const NOISE: u64 = 256;
+/// Pages that may come and go without anybody's fault: a slab, a page table. At most 24 did in nine runs on three kernels.
+const NOISE: u64 = 128;
+/// Such pages where others live too.
+const NOISE_IN_GUEST: u64 = 256;
 
 /// Pages that nobody uses: those of the zones' free lists, and those that a processor keeps at hand, which are on no such list. The
 /// kernel has raised what a processor may keep by its own measure since Linux 6.7, to thousands of pages after many were freed at once.
@@ -53,7 +55,7 @@ pub fn free_pages() -> Result<()> {
     };
     round()?;
     // What the module loses it loses each time. Others, where there are any, take memory now and then.
-    let tries = if told().in_guest { 6 } else { 1 };
+    let (tries, noise) = if told().in_guest { (6, NOISE_IN_GUEST) } else { (1, NOISE) };
     let mut lost = 0;
     for _ in 0..tries {
         let before = free()?;
@@ -62,9 +64,9 @@ pub fn free_pages() -> Result<()> {
             used += round()?;
         }
         let after = free()?;
-        ensure!(used > 20 * NOISE, "only {used} pages were used");
+        ensure!(used > 20 * noise, "only {used} pages were used");
         lost = before.saturating_sub(after);
-        if lost < NOISE {
+        if lost < noise {
             println!("  {used} pages were used and came back: {before} free before, {after} after");
             return Ok(());
         }

@@ -176,7 +176,8 @@ pub(super) fn run(goal: u32, most: Option<Duration>) -> Result<()> {
         progress.done.push(done);
         // One after which something had grown is not done, and the next run does not go on behind it; the client's word is compared still.
         grown = progress.look_for_growth(number);
-        if grown.is_err() {
+        if let Err(what) = &grown {
+            println!("{what:#}");
             break;
         }
         progress.write(&path)?;
